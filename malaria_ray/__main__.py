@@ -1,0 +1,3 @@
+from malaria_ray.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""Every column, label, split and quarantine reason, once.
+
+`TABLES` is the contract with analysts: the order, names and types of the columns of each table on disk. Each Parquet
+file carries the table's name and `SCHEMA_VERSION` in its footer, and each column its description and unit.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Raised when a column changes its name, type or meaning; adding a column at the end does not raise it."""
+
+RESEARCH_ONLY = "A research tool, not a diagnosis."
+
+
+class Label(enum.IntEnum):
+    """What a cell crop shows. The numbers are fixed and never taken from the order of a folder listing."""
+
+    uninfected = 0
+    parasitized = 1
+
+
+class Split(enum.StrEnum):
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+class Reason(enum.StrEnum):
+    """Why a file is in quarantine. `OK` is the `status` of a file that is not."""
+
+    EMPTY_FILE = "empty_file"
+    NOT_AN_IMAGE = "not_an_image"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_LARGE = "too_large"
+    UNREADABLE = "unreadable"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
+    ENCRYPTED = "encrypted"
+    UNSUPPORTED_COMPRESSION = "unsupported_compression"
+
+
+OK = "ok"
+
+REASON_MEANING: dict[Reason, str] = {
+    Reason.EMPTY_FILE: "the file has no bytes",
+    Reason.NOT_AN_IMAGE: "the content is not PNG, JPEG, TIFF, BMP or WebP, whatever the name says",
+    Reason.TRUNCATED: "the image data ends early",
+    Reason.CORRUPT: "the decoder refused the content",
+    Reason.TOO_LARGE: "the header promises more pixels, or the archive more bytes, than the limit; nothing was decoded",
+    Reason.UNREADABLE: "the bytes could not be read from storage, also after retries",
+    Reason.CHECKSUM_MISMATCH: "the bytes are not those that the archive's own checksum describes",
+    Reason.ENCRYPTED: "the archive member needs a password",
+    Reason.UNSUPPORTED_COMPRESSION: "the archive member is packed by a method other than stored or deflate",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `name`, Arrow `type`, what it means, its `unit` where it has one."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    unit: str | None = None
+
+    def field(self) -> pa.Field:
+        metadata = {"description": self.meaning}
+        if self.unit:
+            metadata["unit"] = self.unit
+        return pa.field(self.name, self.type, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the contract."""
+
+    name: str
+    meaning: str
+    columns: tuple[Column, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    def arrow_schema(self) -> pa.Schema:
+        metadata = {"malaria_ray.table": self.name, "malaria_ray.schema_version": str(SCHEMA_VERSION)}
+        return pa.schema([column.field() for column in self.columns], metadata=metadata)
+
+
+def image_type(image_size: int) -> pa.DataType:
+    """Arrow type of one resized crop: uint8, (image_size, image_size, 3), RGB, 0..255, rows of pixels from the top.
+
+    The canonical `arrow.fixed_shape_tensor`: `column.combine_chunks().to_numpy_ndarray()` gives (n, size, size, 3).
+    """
+    return pa.fixed_shape_tensor(pa.uint8(), [image_size, image_size, 3])
+
+
+IMAGE_ID = Column("image_id", pa.string(), "path of the image relative to the archive's root, with '/'; unique")
+LABEL = Column("label", pa.int8(), "0 uninfected, 1 parasitized; null where the archive has no labels")
+PATIENT_ID = Column("patient_id", pa.string(), "patient (P…) or healthy donor (C…); null where unknown")
+N_BYTES = Column("n_bytes", pa.int64(), "size of the encoded file", "byte")
+WIDTH = Column("width", pa.int32(), "width of the decoded image before resizing; null in quarantine", "pixel")
+HEIGHT = Column("height", pa.int32(), "height of the decoded image before resizing; null in quarantine", "pixel")
+CONTENT_DIGEST = Column(
+    "content_digest", pa.string(), "first 32 hex digits of the SHA-256 of the encoded file; null where unread"
+)
+MODEL = Column("model", pa.string(), "name of the model: cnn, vgg19-frozen or vgg19-finetuned")
+
+MANIFEST = Table(
+    "manifest",
+    "one row per file found in the archive, good or bad",
+    (
+        IMAGE_ID,
+        LABEL,
+        PATIENT_ID,
+        N_BYTES,
+        WIDTH,
+        HEIGHT,
+        CONTENT_DIGEST,
+        Column("status", pa.string(), "ok, or the reason for which the file is in quarantine"),
+    ),
+)
+
+QUARANTINE = Table(
+    "quarantine",
+    "one row per file that could not be used",
+    (
+        IMAGE_ID,
+        Column("stage", pa.string(), "stage that refused the file: ingest or screen"),
+        Column("reason", pa.string(), "enumerated code: " + ", ".join(Reason)),
+        Column("detail", pa.string(), "what was found, for people"),
+        N_BYTES,
+        CONTENT_DIGEST,
+    ),
+)
+
+SPLITS = Table(
+    "splits",
+    "which split each image of the dataset belongs to",
+    (IMAGE_ID, PATIENT_ID, LABEL, Column("split", pa.string(), "train, val or test")),
+)
+
+HISTORY = Table(
+    "history",
+    "one row per epoch of training",
+    (
+        Column("epoch", pa.int32(), "1 for the first"),
+        Column("train_loss", pa.float64(), "mean binary cross-entropy over the epoch's training images, dropout on"),
+        Column("train_accuracy", pa.float64(), "share of them on the right side of 0.5, dropout on"),
+        Column("val_loss", pa.float64(), "mean binary cross-entropy over all validation images after the epoch"),
+        Column("val_accuracy", pa.float64(), "share of them on the right side of 0.5"),
+        Column("val_roc_auc", pa.float64(), "area under the ROC curve of the validation images"),
+        Column("learning_rate", pa.float64(), "learning rate during the epoch"),
+        Column("seconds", pa.float64(), "wall time of the epoch, validation included", "second"),
+        Column("images_per_second", pa.float64(), "training images per second of training, validation excluded", "1/second"),
+    ),
+)
+
+PREDICTIONS = Table(
+    "predictions",
+    "one row per image that was scored",
+    (
+        IMAGE_ID,
+        PATIENT_ID,
+        LABEL,
+        Column("score", pa.float32(), "P(parasitized) in 0..1 by the model"),
+        Column("predicted_label", pa.int8(), "1 where score >= the run's threshold, else 0"),
+        WIDTH,
+        HEIGHT,
+        CONTENT_DIGEST,
+        MODEL,
+        Column("run_id", pa.string(), "identifier of the training run whose model gave the score"),
+    ),
+)
+
+METRICS = Table(
+    "metrics",
+    "one row per metric, split and level",
+    (
+        MODEL,
+        Column("split", pa.string(), "train, val, test; all where the images belong to no split of the run"),
+        Column("level", pa.string(), "cell or patient"),
+        Column("metric", pa.string(), "name as in scikit-learn, or n_true_positive and the like for counts"),
+        Column("value", pa.float64(), "the metric; null where it is undefined (one class only, say)"),
+        Column("ci_low", pa.float64(), "lower end of the 95 % interval by bootstrap over patients; null where none"),
+        Column("ci_high", pa.float64(), "upper end of the 95 % interval by bootstrap over patients; null where none"),
+        Column("n", pa.int64(), "cells or patients that the value is computed from"),
+        Column("threshold", pa.float64(), "score from which a cell is called parasitized; null where not used"),
+    ),
+)
+
+PATIENTS = Table(
+    "patients",
+    "one row per patient. A class-balanced crop archive gives no parasitaemia",
+    (
+        PATIENT_ID,
+        Column("label", pa.int8(), "1 where any crop of the patient is labelled parasitized, 0 where none; null unlabelled"),
+        Column("n_cells", pa.int64(), "scored crops of the patient"),
+        Column("n_parasitized", pa.int64(), "of them, called parasitized"),
+        Column("parasitized_fraction", pa.float64(), "n_parasitized / n_cells; not parasitaemia"),
+        Column("ci_low", pa.float64(), "lower end of its 95 % Wilson interval"),
+        Column("ci_high", pa.float64(), "upper end of its 95 % Wilson interval"),
+    ),
+)
+
+LISTING = Table(
+    "listing",
+    "one row per file found in the archive, before anything was read",
+    (IMAGE_ID, LABEL, PATIENT_ID, N_BYTES),
+)
+
+
+def crops_table(image_size: int) -> Table:
+    """The `crops` table of a dataset resized to `image_size` pixels a side."""
+    image = Column("image", image_type(image_size), f"uint8, {image_size} × {image_size} × 3, RGB", "0..255")
+    return Table(
+        "crops",
+        "one row per usable image, resized",
+        (IMAGE_ID, LABEL, PATIENT_ID, WIDTH, HEIGHT, CONTENT_DIGEST, image),
+    )
+
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        MANIFEST,
+        crops_table(125),
+        QUARANTINE,
+        SPLITS,
+        HISTORY,
+        PREDICTIONS,
+        METRICS,
+        PATIENTS,
+        LISTING,
+    )
+}
