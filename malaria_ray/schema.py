@@ -93,11 +93,12 @@ class Table:
 
 
 def image_type(image_size: int) -> pa.DataType:
-    """Arrow type of one resized crop: uint8, (image_size, image_size, 3), RGB, 0..255, rows of pixels from the top.
+    """Arrow type of one resized crop: the bytes of a uint8 array (image_size, image_size, 3), RGB, rows from the top.
 
-    The canonical `arrow.fixed_shape_tensor`: `column.combine_chunks().to_numpy_ndarray()` gives (n, size, size, 3).
+    Fixed-size binary and not a tensor or list type: Parquet stores lists of numbers value by value, which wrote six
+    times and read twenty times slower (ARCHITECTURE.md, 2026-11-23).
     """
-    return pa.fixed_shape_tensor(pa.uint8(), [image_size, image_size, 3])
+    return pa.binary(image_size * image_size * 3)
 
 
 IMAGE_ID = Column("image_id", pa.string(), "path of the image relative to the archive's root, with '/'; unique")
@@ -210,14 +211,27 @@ PATIENTS = Table(
 
 LISTING = Table(
     "listing",
-    "one row per file found in the archive, before anything was read",
-    (IMAGE_ID, LABEL, PATIENT_ID, N_BYTES),
+    "one row per file found in the archive, before anything was read: what it is and where its bytes lie",
+    (
+        Column("key", pa.int64(), "row number in the whole listing, ordered by image_id; what the ledger counts by"),
+        IMAGE_ID,
+        LABEL,
+        PATIENT_ID,
+        N_BYTES,
+        Column("container", pa.string(), "URL of the folder or file that holds it"),
+        Column("method", pa.string(), "how its bytes lie there: file, stored, deflate or crops; else what is unsupported"),
+        Column("offset", pa.int64(), "where its record begins in the container; its row where the method is crops"),
+        Column("span", pa.int64(), "bytes from there to the next record", "byte"),
+        Column("packed_bytes", pa.int64(), "size of its data as packed", "byte"),
+        Column("crc32", pa.int64(), "checksum of the unpacked bytes by the archive; null where it gives none"),
+    ),
 )
 
 
 def crops_table(image_size: int) -> Table:
     """The `crops` table of a dataset resized to `image_size` pixels a side."""
-    image = Column("image", image_type(image_size), f"uint8, {image_size} × {image_size} × 3, RGB", "0..255")
+    meaning = f"raw bytes of a uint8 array {image_size} × {image_size} × 3, RGB, 0..255, rows from the top"
+    image = Column("image", image_type(image_size), meaning)
     return Table(
         "crops",
         "one row per usable image, resized",

@@ -1,0 +1,210 @@
+"""From places in an archive to pixels: the only reader, used by ingest and screen alike."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from malaria_ray.cells.images import Pixels, content_digest, decode, resize
+from malaria_ray.errors import ImageRefused, ModelError, ReadError
+from malaria_ray.runtime import storage
+from malaria_ray.schema import OK, Reason
+
+MAX_FILE_BYTES = 512 * 1024**2
+"""Larger files are refused unread: no cell image is that large, and a packed one can be made to fill the memory."""
+
+_READ_BYTES = 32 * 1024**2  # files are read in groups of about this size, so memory does not grow with the shard
+_REQUEST_BYTES = 4 * 1024**2  # neighbours in one container are read by one request of up to this size
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of some listing rows.
+
+    `table`: the columns image_id, label, patient_id, n_bytes, width, height, content_digest, status, detail; one row per listing row,
+        in its order. `pixels`: uint8 (n_ok, size, size, 3), RGB, one for each row whose status is `ok`, in the same order.
+    """
+
+    table: pa.Table
+    pixels: Pixels
+
+
+def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
+    """Reads, decodes and resizes the files of a listing. A file that cannot be used becomes a status, never an error."""
+    if listing.num_rows and listing["method"][0].as_py() == "crops":
+        return _read_crops(listing, image_size=image_size)
+    n = listing.num_rows
+    pixels = np.empty((n, image_size, image_size, 3), np.uint8)
+    width, height = np.zeros(n, np.int32), np.zeros(n, np.int32)
+    digests: list[str | None] = [None] * n
+    status = [OK] * n
+    detail: list[str | None] = [None] * n
+    n_ok = 0
+    for row, data in enumerate(read_files(listing)):
+        try:
+            if isinstance(data, ReadError):
+                raise data
+            digests[row] = content_digest(data)
+            image = decode(data)
+            pixels[n_ok] = resize(image, image_size)
+            height[row], width[row] = image.shape[:2]
+            n_ok += 1
+        except (ImageRefused, ReadError) as refusal:
+            status[row], detail[row] = refusal.reason.value, refusal.detail
+    bad = np.array([value != OK for value in status], bool)
+    table = listing.select(["image_id", "label", "patient_id", "n_bytes"])
+    for name, column in (
+        ("width", pa.array(width, mask=bad)),
+        ("height", pa.array(height, mask=bad)),
+        ("content_digest", pa.array(digests, pa.string())),
+        ("status", pa.array(status, pa.string())),
+        ("detail", pa.array(detail, pa.string())),
+    ):
+        table = table.append_column(name, column)
+    return Cells(table=table, pixels=pixels[:n_ok])
+
+
+def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:
+    """The encoded bytes of each row in order; a `ReadError` with its reason where they could not be had."""
+    rows = listing.select(["image_id", "container", "method", "n_bytes", "offset", "span", "packed_bytes", "crc32"]).to_pylist()
+    group: list[dict[str, Any]] = []
+    group_bytes = 0
+    for row in rows:
+        size = row["span"] or row["n_bytes"]
+        if group and (row["container"] != group[0]["container"] or group_bytes + size > _READ_BYTES):
+            yield from _read_group(group)
+            group, group_bytes = [], 0
+        group.append(row)
+        group_bytes += size if _refused_unread(row) is None else 0
+    if group:
+        yield from _read_group(group)
+
+
+def _read_group(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
+    readable = [row for row in rows if _refused_unread(row) is None]
+    loaded = iter(_load_files(readable) if rows[0]["offset"] is None else _load_members(readable))
+    for row in rows:
+        yield _refused_unread(row) or next(loaded)
+
+
+def _refused_unread(row: dict[str, Any]) -> ReadError | None:
+    """Why a file is refused without reading it; None where it is read."""
+    method = row["method"]
+    if method == "encrypted":
+        return ReadError(Reason.ENCRYPTED, "the archive member is encrypted")
+    if method in ("file", "stored", "deflate"):
+        if max(row["n_bytes"], row["packed_bytes"] or 0) > MAX_FILE_BYTES:
+            return ReadError(Reason.TOO_LARGE, f"{row['n_bytes']:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        return None
+    if method.startswith("zip method"):
+        return ReadError(Reason.UNSUPPORTED_COMPRESSION, f"{method}; allowed are stored and deflate")
+    return ReadError(Reason.UNREADABLE, f"not a regular file but {method}")
+
+
+def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
+    """Whole files below one folder."""
+    if not rows:
+        return
+    root = storage.locate(rows[0]["container"])
+    prefix = root.path.rstrip("/") + "/"
+    loaded = root.fs.cat_ranges([prefix + row["image_id"] for row in rows], None, None, on_error="return")
+    for data in loaded:
+        yield data if isinstance(data, bytes) else _unreadable(data)
+
+
+def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
+    """Members of one zip: neighbours are fetched by one request, then cut apart."""
+    if not rows:
+        return
+    container = storage.locate(rows[0]["container"])
+    requests = _requests([(row["offset"], row["offset"] + row["span"]) for row in rows])
+    fetched = container.fs.cat_ranges(
+        [container.path] * len(requests), [start for start, _ in requests], [end for _, end in requests], on_error="return"
+    )
+    held = -1
+    for row in rows:
+        start, end = row["offset"], row["offset"] + row["span"]
+        held = next(i for i in range(max(held, 0), len(requests)) if requests[i][0] <= start and end <= requests[i][1])
+        data = fetched[held]
+        if not isinstance(data, bytes):
+            yield _unreadable(data)
+            continue
+        base = requests[held][0]
+        try:
+            yield _unpack(data[start - base : end - base], row)
+        except ReadError as error:
+            yield error
+
+
+def _requests(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins ranges, ordered by start, that touch, up to `_REQUEST_BYTES` a request."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and start == joined[-1][1] and end - joined[-1][0] <= _REQUEST_BYTES:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _unpack(record: bytes, row: dict[str, Any]) -> bytes:
+    """The unpacked bytes of one zip member; `record` begins at its local header."""
+    if len(record) < row["span"] or len(record) < _LOCAL_HEADER.size or record[:4] != b"PK\x03\x04":
+        raise ReadError(Reason.CORRUPT, "no zip member stands where the archive's directory says")
+    *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(record)
+    start = _LOCAL_HEADER.size + name_bytes + extra_bytes
+    packed = record[start : start + row["packed_bytes"]]
+    if row["method"] == "stored":
+        data = packed
+    else:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, row["n_bytes"] + 1)
+        except zlib.error as error:
+            raise ReadError(Reason.CORRUPT, f"cannot be unpacked: {error}") from error
+    if len(data) != row["n_bytes"] or zlib.crc32(data) != row["crc32"]:
+        raise ReadError(Reason.CHECKSUM_MISMATCH, "size or CRC-32 differs from the archive's directory")
+    return data
+
+
+def _unreadable(error: BaseException) -> ReadError:
+    return ReadError(Reason.UNREADABLE, f"{type(error).__name__}: {error}")
+
+
+def _read_crops(listing: pa.Table, *, image_size: int) -> Cells:
+    """Cells of a dataset: rows of its `crops` parts, no decoding."""
+    tables, pixels = [], []
+    for container in pc.unique(listing["container"]).to_pylist():
+        rows = listing.filter(pc.equal(listing["container"], container))["offset"]
+        part = pq.read_table(pa.BufferReader(storage.locate(container).read_bytes())).take(rows)
+        tables.append(part.drop_columns(["image"]))
+        pixels.append(crop_pixels(part["image"], image_size=image_size))
+    table = pa.concat_tables(tables)
+    table = table.append_column("n_bytes", listing["n_bytes"])
+    table = table.append_column("status", pa.repeat(OK, table.num_rows))
+    table = table.append_column("detail", pa.nulls(table.num_rows, pa.string()))
+    return Cells(table=table, pixels=np.concatenate(pixels))
+
+
+def crop_pixels(column: pa.ChunkedArray, *, image_size: int) -> Pixels:
+    """The `image` column of crops as uint8 (n, image_size, image_size, 3), RGB.
+
+    Raises: `ModelError` where the crops have another size.
+    """
+    n_bytes = image_size * image_size * 3
+    if column.type != pa.binary(n_bytes):
+        found = int((column.type.byte_width // 3) ** 0.5)
+        raise ModelError(f"the crops are {found} × {found}, the model takes {image_size} × {image_size}")
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    buffer = np.frombuffer(array.buffers()[1], np.uint8)
+    start = array.offset * n_bytes
+    return buffer[start : start + len(array) * n_bytes].reshape(-1, image_size, image_size, 3)

@@ -1,0 +1,75 @@
+"""A .zip read in place: its central directory once, then each member's bytes by range."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from upath import UPath
+
+from malaria_ray.errors import ArchiveError
+from malaria_ray.runtime import storage
+
+_METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate"}
+_ENCRYPTED = 0x1
+
+
+class ZipArchive:
+    """All members of a .zip but its folders; `image_id` is the member's name. `cached` is a local copy of `path`."""
+
+    def __init__(self, path: UPath):
+        self.path = path
+        self.url = str(path)
+
+    def identity(self) -> dict[str, Any]:
+        try:
+            info = self.path.fs.info(self.path.path)
+        except FileNotFoundError as error:
+            raise ArchiveError(f"{self.url} is not there; check the path") from error
+        except OSError as error:
+            raise ArchiveError(f"{self.url} cannot be reached: {error}") from error
+        return {"archive": self.url, "archive_bytes": info["size"]}
+
+    def places(self) -> Iterator[pa.Table]:
+        members, end = self._directory()
+        offsets = [member.header_offset for member in members]
+        ends = dict(zip(sorted(offsets), [*sorted(offsets)[1:], end], strict=True))
+        members = [member for member in members if not member.is_dir()]
+        yield pa.table(
+            {
+                "image_id": pa.array([member.filename for member in members], pa.string()),
+                "n_bytes": pa.array([member.file_size for member in members], pa.int64()),
+                "container": pa.repeat(storage.as_url(self.path), len(members)),
+                "method": pa.array([_method(member) for member in members], pa.string()),
+                "offset": pa.array([member.header_offset for member in members], pa.int64()),
+                "span": pa.array([ends[member.header_offset] - member.header_offset for member in members], pa.int64()),
+                "packed_bytes": pa.array([member.compress_size for member in members], pa.int64()),
+                "crc32": pa.array([member.CRC for member in members], pa.int64()),
+            }
+        )
+
+    def _directory(self) -> tuple[list[zipfile.ZipInfo], int]:
+        try:
+            with self.path.fs.open(self.path.path, "rb") as file, zipfile.ZipFile(file) as archive:
+                return archive.infolist(), archive.start_dir
+        except FileNotFoundError as error:
+            raise ArchiveError(f"{self.url} is not there; check the path") from error
+        except zipfile.BadZipFile as error:
+            raise ArchiveError(
+                f"{self.url} is no complete zip archive: {error}; it may have been cut off, fetch it again"
+            ) from error
+        except (ValueError, NotImplementedError) as error:  # what fsspec says where a server gives no ranges
+            raise ArchiveError(
+                f"{self.url}: the server does not answer range requests ({error}), which reading a zip in place needs; "
+                "download the file and give its path"
+            ) from error
+        except OSError as error:
+            raise ArchiveError(f"{self.url} cannot be read: {error}") from error
+
+
+def _method(member: zipfile.ZipInfo) -> str:
+    if member.flag_bits & _ENCRYPTED:
+        return "encrypted"
+    return _METHODS.get(member.compress_type, f"zip method {member.compress_type}")

@@ -1,0 +1,71 @@
+"""Patients and labels from names, with one rule for mapping keys and file names.
+
+`C51AP12thinF` is patient `P12` (case 51A); a name without a patient number, `C201ThinF`, is the healthy donor `C201`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from malaria_ray.errors import PatientMappingError
+from malaria_ray.schema import Label
+
+_PATIENT = re.compile(r"C\d+[A-Za-z]?(P\d+)")
+_DONOR = re.compile(r"C\d+")
+_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+_LABEL_OF_FOLDER = {label.name: label for label in Label}
+
+
+def patient_of(name: str, pattern: re.Pattern[str] | None = None) -> str | None:
+    """Patient of a mapping key or an `image_id`: `P12`, a donor's `C201`, None where the rule does not fit.
+
+    The NIH rule looks at the file name alone; `pattern`, another archive's rule, is searched in the whole path, and its
+    group `patient` is the patient.
+    """
+    if pattern is not None:
+        found = pattern.search(name)
+        return (found.group("patient") or None) if found else None
+    name = name.rpartition("/")[2]
+    if found := _PATIENT.match(name):
+        return found.group(1)
+    return found.group(0) if (found := _DONOR.match(name)) else None
+
+
+def compiled_pattern(expression: str) -> re.Pattern[str]:
+    """`--patient-pattern` as a regular expression. Raises: `PatientMappingError`."""
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise PatientMappingError(f"--patient-pattern {expression!r} is no regular expression: {error}") from error
+    if "patient" not in pattern.groupindex:
+        raise PatientMappingError(
+            f"--patient-pattern {expression!r} has no group named patient; write the part that names it as (?P<patient>…)"
+        )
+    return pattern
+
+
+def parse_mapping(text: str, *, source: str) -> Iterator[tuple[str, str]]:
+    """(file name, key) pairs of one official mapping file.
+
+    Each line is a key, then a bracketed list of quoted file names with unquoted commas, then trailing commas: no CSV
+    reader takes it. A first line without file names is a header. `source` names the file in errors.
+    Raises: `PatientMappingError` for a later line without file names.
+    """
+    for number, line in enumerate(text.splitlines(), start=1):
+        key, _, names = line.partition(",")
+        found = [single or double for single, double in _QUOTED.findall(names)]
+        if not found and number > 1 and line.strip(" ,"):
+            raise PatientMappingError(
+                f"{source} line {number}: found {line[:60]!r}; expected KEY,['file.png', …] as in the NIH mapping files"
+            )
+        for name in found:
+            yield name, key.strip()
+
+
+def label_of(image_id: str) -> Label | None:
+    """Label by the nearest folder named `Parasitized` or `Uninfected` (any case); None where there is none."""
+    for folder in reversed(image_id.split("/")[:-1]):
+        if (label := _LABEL_OF_FOLDER.get(folder.casefold())) is not None:
+            return label
+    return None

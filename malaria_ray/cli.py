@@ -1,0 +1,99 @@
+"""The command `malaria-ray`: one sub-command a stage, its flags the fields of the stage's config."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from malaria_ray import __version__
+from malaria_ray.errors import ConfigError, MalariaRayError
+from malaria_ray.schema import RESEARCH_ONLY
+
+COMMANDS = {
+    "demo": "the whole line on a small archive, on this machine",
+    "ingest": "archive → dataset: decode and resize every image, one row per file",
+    "train": "dataset → run: train a model that tells parasitized from uninfected cells",
+    "screen": "archive or dataset → results: score every image with a run's model",
+    "evaluate": "results → metrics and patients, where there are labels",
+    "verify": "prove the invariants of a dataset or results directory",
+    "schema": "print the data dictionary",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 done, 1 failed, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_help()
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"malaria-ray {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"malaria-ray: {command!r} is no command; allowed are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    _configure_output(debug)
+    try:
+        return _run(command, rest)
+    except MalariaRayError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"malaria-ray {command}: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) and getattr(error, "is_usage", False) else 1
+    except KeyboardInterrupt:
+        print(f"malaria-ray {command}: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"malaria-ray {command}: {type(error).__name__}: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    import tyro
+
+    stage = importlib.import_module(f"malaria_ray.stages.{command}")
+    config = tyro.cli(
+        stage.Config,
+        prog=f"malaria-ray {command}",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return stage.run(config) or 0
+
+
+def _configure_output(debug: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log = logging.getLogger("malaria_ray")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not debug:
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Ray's workers are processes of their own
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _print_help() -> None:
+    console = Console(highlight=False)
+    console.print(f"malaria-ray {__version__}: red-blood-cell images with Ray. {RESEARCH_ONLY}\n")
+    console.print("usage: malaria-ray COMMAND … [--debug]      malaria-ray COMMAND --help\n", markup=False)
+    for name, meaning in COMMANDS.items():
+        console.print(f"  {name:10} {meaning}")
+    console.print("\nExit status: 0 done, 1 failed with one line that says what to do, 2 wrong usage.")

@@ -1,0 +1,74 @@
+"""Fetching one large file over HTTP into a cache, once."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from malaria_ray.errors import ArchiveError
+from malaria_ray.runtime.progress import progress
+
+_CHUNK = 1024**2
+_ATTEMPTS = 5
+
+
+def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float = 1.0) -> Path:
+    """Fetches `url` to `target`, unless it is there; a part fetched before is continued, also after another process's death.
+
+    The size must be the one that the server announces; only then does `target` appear.
+    Raises: `ArchiveError` after `attempts` tries without progress, `wait_s` seconds apart and doubling.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    failures, before = 0, -1
+    while True:
+        try:
+            _continue(url, part)
+        except (urllib.error.URLError, OSError) as error:
+            size = part.stat().st_size if part.exists() else 0
+            failures = 1 if size > before else failures + 1
+            before = size
+            permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
+            if permanent or failures >= attempts:
+                raise ArchiveError(
+                    f"{url} could not be downloaded: {error}; {size:,} bytes are kept in {part} and the next run goes on from "
+                    f"there. Without a network, fetch the file elsewhere and put it at {target}"
+                ) from error
+            time.sleep(wait_s * 2 ** (failures - 1))
+        else:
+            part.replace(target)
+            return target
+
+
+def _continue(url: str, part: Path) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have and _announced_total(error.headers.get("Content-Range", "")) == have:
+            return  # nothing is left to fetch
+        if error.code == 416:
+            part.unlink()  # longer than the file: it is not a piece of it
+        raise
+    with response:
+        if response.status != 206:
+            have = 0  # the server sent the whole file again
+        total = have + int(response.headers.get("Content-Length", -1 - have))
+        with part.open("ab" if have else "wb") as file, progress(f"download {part.stem}", max(total, 0), "bytes") as report:
+            report(have)
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                report(len(chunk))
+    size = part.stat().st_size
+    if total >= 0 and size != total:
+        raise OSError(f"connection ended after {size:,} of {total:,} bytes")
+
+
+def _announced_total(content_range: str) -> int:
+    total = content_range.rpartition("/")[2]
+    return int(total) if total.isdigit() else -1

@@ -1,0 +1,124 @@
+"""The protocol of output directories: what stage made them, from what, and whether they are finished.
+
+    prepare(…)   writes config.json first: stage, what decides the result (`identity`), the whole config, provenance
+    …            the stage writes its files; what only it needs goes to _work/
+    finish(…)    removes _work/ and writes _SUCCESS.json last: counts, the record of every file, timings
+
+A finished directory is left alone, an unfinished one is resumed if its identity is the same, and else refused with the difference.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import asdict
+from typing import Any
+
+from upath import UPath
+
+from malaria_ray.errors import DirectoryError, NotCompleteError
+from malaria_ray.runtime import storage
+from malaria_ray.runtime.provenance import provenance
+from malaria_ray.runtime.storage import FileRecord
+
+SUCCESS = "_SUCCESS.json"
+WORK = "_work"
+_CONFIG_FILE = {"ingest": "config.json", "train": "config.json", "screen": "run.json"}
+
+
+def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Claims a directory for a stage: True where there is work to do, False where it was finished before.
+
+    `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result.
+    Raises: `DirectoryError` where the directory holds something else, or the same with another identity.
+    """
+    identity = json.loads(json.dumps(identity, default=str))
+    if overwrite:
+        _check_is_ours(path, stage)
+        storage.remove(path)
+    found = _read_config(path, stage)
+    if found is None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DirectoryError(f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory")
+        storage.write_json(
+            path / _CONFIG_FILE[stage],
+            {
+                "stage": stage,
+                "created_at": _now(),
+                "identity": identity,
+                "config": asdict(config),
+                "provenance": provenance(),
+            },
+        )
+        return True
+    if differences := _differences(found["identity"], identity):
+        state = "finished" if (path / SUCCESS).exists() else "begun"
+        raise DirectoryError(
+            f"{path} was {state} with another config: {'; '.join(differences)}; "
+            "choose another directory, or --overwrite to delete it and begin again"
+        )
+    return not (path / SUCCESS).exists()
+
+
+def finish(
+    path: UPath, *, counts: dict[str, Any], files: dict[str, FileRecord], timings: dict[str, Any], **more: Any
+) -> None:
+    """Removes the stage's work folder and writes `_SUCCESS.json`: after this the directory is finished."""
+    storage.remove(path / WORK)
+    content = {"finished_at": _now(), "counts": counts, **more, "timings": timings, "files": files}
+    storage.write_json(path / SUCCESS, content)
+
+
+def check_complete(path: UPath, stage: str) -> dict[str, Any]:
+    """The `_SUCCESS.json` of a finished directory of `stage`. Raises: `NotCompleteError`, `DirectoryError`."""
+    if not path.exists():
+        raise NotCompleteError(f"{path} is not there; it is made by 'malaria-ray {stage}'")
+    if _read_config(path, stage) is None:
+        raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}': it has no {_CONFIG_FILE[stage]} of that stage")
+    if not (path / SUCCESS).exists():
+        raise NotCompleteError(
+            f"{path} is not complete: no {SUCCESS}; run 'malaria-ray {stage}' again to finish it, or choose another directory"
+        )
+    return storage.read_json(path / SUCCESS)
+
+
+def read_config(path: UPath, stage: str) -> dict[str, Any]:
+    """The config file of a directory of `stage`. Raises: `DirectoryError`."""
+    found = _read_config(path, stage)
+    if found is None:
+        raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'")
+    return found
+
+
+def stage_of(path: UPath) -> str | None:
+    """The stage that made a directory; None where none did."""
+    return next((stage for stage in _CONFIG_FILE if _read_config(path, stage) is not None), None)
+
+
+def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
+    file = path / _CONFIG_FILE[stage]
+    if not file.exists():
+        return None
+    try:
+        content = storage.read_json(file)
+    except ValueError as error:
+        raise DirectoryError(f"{file} is damaged: {error}; choose another directory") from error
+    return content if content.get("stage") == stage else None
+
+
+def _check_is_ours(path: UPath, stage: str) -> None:
+    """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and stage_of(path) != stage:
+        raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'; --overwrite does not delete it")
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{key} was {was.get(key)!r}, is now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,72 @@
+"""Progress of long work: a bar on a terminal, a plain log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("malaria_ray")
+
+_LOG_EVERY_S = 10.0
+
+
+class Report(Protocol):
+    def __call__(self, n: int, note: str = "") -> None:
+        """`n` units more are done; `note` replaces what stands behind the numbers."""
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str = "images") -> Iterator[Report]:
+    """Shows done of total, units per second and the time left, until the block ends."""
+    if sys.stderr.isatty():
+        with _bar(what, total, unit) as report:
+            yield report
+    else:
+        yield _lines(what, total, unit)
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} {task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    begun = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, note="", rate="")
+
+        def report(n: int, note: str = "") -> None:
+            done = bar.tasks[0].completed + n
+            rate = f"{done / (time.monotonic() - begun):,.0f} {unit}/s"
+            bar.update(task, advance=n, note=note, rate=rate)
+
+        yield report
+
+
+def _lines(what: str, total: int, unit: str) -> Report:
+    begun = last = time.monotonic()
+    done = 0
+
+    def report(n: int, note: str = "") -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if done < total and now - last < _LOG_EVERY_S:
+            return
+        last = now
+        rate = done / max(now - begun, 1e-9)
+        left = (total - done) / rate if rate else float("inf")
+        ending = f", {left:,.0f} s left" if done < total else f" in {now - begun:,.1f} s"
+        log.info("%s: %s of %s %s, %.0f/s%s%s", what, f"{done:,}", f"{total:,}", unit, rate, ending, f" {note}" if note else "")
+
+    return report

@@ -1,0 +1,139 @@
+"""Files behind fsspec URLs: paths, whole-file reads and writes, Parquet tables.
+
+A path is a `UPath` (universal-pathlib): `pathlib` for `/data/x`, `s3://bucket/x`, `https://…`. A write is seen whole or not at all: by
+a rename on a local disk, by the one PUT of an object store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+from upath import UPath
+
+from malaria_ray.errors import ConfigError
+
+
+class FileRecord(TypedDict):
+    """What `_SUCCESS.json` keeps of one file: enough to prove later that it is the one that was written."""
+
+    bytes: int
+    rows: int
+    sha256: str
+
+
+def locate(url: str | UPath) -> UPath:
+    """The path behind a local path or fsspec URL. Raises: `ConfigError` where no client for its protocol is installed."""
+    try:
+        path = UPath(url)
+        path.fs  # noqa: B018 - importing the client is what may fail
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"{url}: {error}; allowed are local paths and fsspec URLs whose client is installed "
+            "(pip install 'malaria-ray[s3]' for s3://, 'malaria-ray[gcs]' for gs://)"
+        ) from error
+    return path.absolute() if is_local(path) else path
+
+
+def is_local(path: UPath) -> bool:
+    return path.protocol in ("", "file", "local")
+
+
+def arrow_filesystem(path: UPath) -> tuple[pa.fs.FileSystem, str]:
+    """(pyarrow filesystem, path in it): what Ray Data and pyarrow take."""
+    if is_local(path):
+        return pa.fs.LocalFileSystem(), path.path
+    return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(path.fs)), path.path
+
+
+def write_bytes(path: UPath, data: bytes | memoryview) -> None:
+    """Writes one file, seen whole or not at all; makes its folder."""
+    if not is_local(path):
+        with path.fs.open(path.path, "wb") as file:
+            file.write(data)
+        return
+    target = Path(path.path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_json(path: UPath) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(path.read_bytes()))
+
+
+def write_json(path: UPath, content: dict[str, Any]) -> None:
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def write_table(
+    path: UPath, table: pa.Table, *, row_group_rows: int = 100_000, dictionary: bool | list[str] = True
+) -> FileRecord:
+    """Writes one Parquet file (zstd, page index) and returns its record."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        row_group_size=row_group_rows,
+        use_dictionary=dictionary,
+        write_page_index=True,
+    )
+    data = buffer.getbuffer()
+    write_bytes(path, data)
+    return FileRecord(bytes=len(data), rows=table.num_rows, sha256=hashlib.sha256(data).hexdigest())
+
+
+def record_of(path: UPath) -> FileRecord:
+    """The record of a file as it lies there now; `rows` is 0 where it is not Parquet."""
+    data = path.read_bytes()
+    rows = pq.ParquetFile(pa.BufferReader(data)).metadata.num_rows if path.suffix == ".parquet" else 0
+    return FileRecord(bytes=len(data), rows=rows, sha256=hashlib.sha256(data).hexdigest())
+
+
+def parts(folder: UPath) -> list[UPath]:
+    """The `part-*.parquet` files of a table in order; none where the folder is not there."""
+    return sorted(folder.glob("part-*.parquet"), key=lambda path: path.name) if folder.exists() else []
+
+
+def part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
+
+
+def read_table(path: UPath, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file, or all parts of a folder in order."""
+    files = [path] if path.suffix == ".parquet" else parts(path)
+    return concat([pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns) for file in files])
+
+
+def concat(tables: Iterable[pa.Table]) -> pa.Table:
+    tables = list(tables)
+    return pa.concat_tables(tables) if tables else pa.table({})
+
+
+def remove(path: UPath) -> None:
+    """Removes a file or a folder with all in it; nothing where it is not there."""
+    if path.exists():
+        path.fs.rm(path.path, recursive=True)
+
+
+
+
+def as_url(path: UPath) -> str:
+    """The path as a string that `locate` takes in any process of the cluster."""
+    return str(path.path if is_local(path) else path)

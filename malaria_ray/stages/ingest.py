@@ -1,0 +1,315 @@
+"""ingest: an archive becomes a dataset. List → read → decode → resize → one row per file, good or bad."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from rich.console import Console
+from rich.table import Table as RichTable
+from tyro.conf import Positional
+from upath import UPath
+
+from malaria_ray.archives import open_archive
+from malaria_ray.archives.datasets import DatasetArchive
+from malaria_ray.archives.listing import list_archive, listing_digest, shards
+from malaria_ray.archives.reading import crop_pixels, read_cells
+from malaria_ray.cells.images import PREPROCESSING, Pixels
+from malaria_ray.cells.patients import compiled_pattern, parse_mapping, patient_of
+from malaria_ray.cells.splits import SplitBy, assign_splits
+from malaria_ray.errors import ArchiveError, ConfigError, PatientMappingError, TooManyBadImagesError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.progress import progress
+from malaria_ray.runtime.session import ray_session
+from malaria_ray.runtime.storage import FileRecord
+from malaria_ray.schema import MANIFEST, OK, QUARANTINE, Label, crops_table
+from malaria_ray.stages.pictures import samples_figure
+
+log = logging.getLogger("malaria_ray")
+
+_SHARD_ROWS = 1024  # a task's unit of work and of resumption: about half a second of decoding, 20 MB of crops
+_CROPS_ROW_GROUP = 128  # 6 MB of pixels: a gallery reads a few crops without the whole part
+_N_SAMPLES = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Reads an archive of cell images and writes a dataset: resized crops, a manifest, a quarantine and a summary."""
+
+    archive: Positional[str]
+    """Folder, .zip or fsspec URL of either; 'nih' is the official download."""
+    dataset: Positional[str]
+    """Directory to write, made if missing."""
+    patients: tuple[str, ...] = ()
+    """Patient mapping files in the official NIH format; else patients come from the file names."""
+    patient_pattern: str | None = None
+    """Regular expression with a group named 'patient', searched in the path; replaces the NIH rule."""
+    image_size: int = 125
+    """Side of the resized crops in pixels."""
+    split_by: SplitBy | None = None
+    """Summarise only the training split that 'train --split-by' would make; all images otherwise."""
+    seed: int = 42
+    """Seed of that split."""
+    max_bad_fraction: float = 0.5
+    """Fail when more than this share of the files ends in quarantine."""
+    overwrite: bool = False
+    """Delete the dataset first if it is there."""
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.image_size <= 1024:
+            raise ConfigError(f"--image-size {self.image_size}: allowed are 16 to 1024 pixels")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+
+
+def run(config: Config) -> None:
+    """Makes the dataset; does nothing where it is finished; goes on where an earlier run of the same config stopped."""
+    begun = time.monotonic()
+    dataset = storage.locate(config.dataset)
+    archive = open_archive(config.archive)
+    if isinstance(archive, DatasetArchive):
+        raise ArchiveError(f"{config.archive} is a dataset already; ingest reads archives of image files")
+    mapping_files = {url: _read_text(url) for url in config.patients}
+    identity = {
+        **archive.identity(),
+        "image_size": config.image_size,
+        "preprocessing": PREPROCESSING,
+        "patients": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in mapping_files.values()],
+        "patient_pattern": config.patient_pattern,
+    }
+    if not outputs.prepare(dataset, stage="ingest", config=config, identity=identity, overwrite=config.overwrite):
+        log.info("%s is finished; nothing to do (--overwrite makes it anew)", dataset)
+        print_summary(storage.read_json(dataset / "summary.json"))
+        return
+
+    pattern = compiled_pattern(config.patient_pattern) if config.patient_pattern else None
+    pairs = [pair for url, text in mapping_files.items() for pair in parse_mapping(text, source=url)]
+    patients = {name: patient_of(key, pattern) for name, key in pairs}
+    listing = list_archive(archive, patients=patients, pattern=pattern)
+    _check_same_listing(dataset / outputs.WORK, listing)
+    log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")
+    listed = time.monotonic()
+    with ray_session():
+        connected = time.monotonic()
+        n_read = _decode_all(listing, dataset, image_size=config.image_size)
+    decoded = time.monotonic()
+
+    manifest, files = _publish(dataset)
+    _check_bad_fraction(manifest, dataset, config.max_bad_fraction)
+    summary = _summary(manifest, config)
+    storage.write_json(dataset / "summary.json", summary)
+    storage.write_bytes(dataset / "samples.png", _samples(dataset, manifest, config))
+    outputs.finish(
+        dataset,
+        counts={key: summary[key] for key in ("n_files", "n_ok", "n_quarantined", "n_patients", "n_by_label")},
+        files=files,
+        dataset_digest=_dataset_digest(manifest, config.image_size),
+        listing_digest=listing_digest(listing),
+        timings={
+            "listing_s": round(listed - begun, 2),
+            "ray_start_s": round(connected - listed, 2),
+            "decode_s": round(decoded - connected, 2),
+            "total_s": round(time.monotonic() - begun, 2),
+            "images_decoded": n_read,
+            "decode_images_per_second": round(n_read / (decoded - connected), 1),
+        },
+    )
+    print_summary(summary)
+    log.info("dataset: %s", dataset)
+
+
+def _read_text(url: str) -> str:
+    try:
+        return storage.locate(url).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatientMappingError(f"--patients {url} cannot be read: {error}") from error
+
+
+def _check_same_listing(work: UPath, listing: pa.Table) -> None:
+    """A resumed run must find the archive that the first one found."""
+    file, now = work / "listing.json", {"n_files": listing.num_rows, "digest": listing_digest(listing)}
+    if not file.exists():
+        storage.write_json(file, now)
+    elif (was := storage.read_json(file)) != now:
+        raise ArchiveError(
+            f"the archive changed since this dataset was begun: {was['n_files']:,} files then, {now['n_files']:,} now, or others; "
+            "--overwrite begins again"
+        )
+
+
+def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
+    """Decodes the shards that no earlier run finished, in parallel; returns the number of files read."""
+    n_shards = -(-listing.num_rows // _SHARD_ROWS)
+    finished = {path.name for path in storage.parts(dataset / outputs.WORK / "manifest")}
+    todo = [{"shard": i} for i in range(n_shards) if storage.part_name(i) not in finished]
+    if not todo:
+        return 0
+    if finished:
+        log.info("%d of %d shards were finished before", n_shards - len(todo), n_shards)
+    # Tasks take slices of one shared copy; only the shard's number travels. Each reads, decodes and writes by itself, so no pixels
+    # pass through the object store.
+    shared = ray.put(listing)
+    ray_dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
+        _decode_shard, fn_kwargs={"listing": [shared], "dataset": storage.as_url(dataset), "image_size": image_size}, num_cpus=1
+    )
+    n_files = sum(shard.num_rows for i, shard in enumerate(shards(listing, _SHARD_ROWS)) if {"shard": i} in todo)
+    n_bad = 0
+    with progress("ingest", n_files) as report:
+        for row in ray_dataset.iter_rows():
+            n_bad += row["n_bad"]
+            report(row["n"], f"{n_bad} in quarantine" if n_bad else "")
+    return n_files
+
+
+def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, image_size: int) -> dict[str, Any]:
+    """One shard: its crops part, then its manifest part, whose footer holds the record of the crops part."""
+    index = row["shard"]
+    shard = ray.get(listing[0]).slice(index * _SHARD_ROWS, _SHARD_ROWS)
+    cells = read_cells(shard, image_size=image_size)
+    path, name = storage.locate(dataset), storage.part_name(index)
+    records: dict[str, FileRecord] = {}
+    usable = cells.table.filter(pc.equal(cells.table["status"], OK))
+    if usable.num_rows:
+        records[f"crops/{name}"] = storage.write_table(
+            path / "crops" / name,
+            _crops(usable, cells.pixels, image_size),
+            row_group_rows=_CROPS_ROW_GROUP,
+            dictionary=["patient_id", "label"],
+        )
+    storage.write_table(path / outputs.WORK / "manifest" / name, cells.table)
+    storage.write_json(path / outputs.WORK / "records" / f"{name}.json", dict(records))
+    return {"n": shard.num_rows, "n_bad": shard.num_rows - usable.num_rows}
+
+
+def _crops(usable: pa.Table, pixels: Pixels, image_size: int) -> pa.Table:
+    schema = crops_table(image_size).arrow_schema()
+    type_ = schema.field("image").type
+    images = pa.FixedSizeBinaryArray.from_buffers(type_, len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))])
+    return usable.append_column("image", images).select(schema.names).cast(schema)
+
+
+def _publish(dataset: UPath) -> tuple[pa.Table, dict[str, FileRecord]]:
+    """Joins the shards' rows to manifest.parquet and quarantine/; returns the manifest and every file's record."""
+    work = dataset / outputs.WORK
+    rows = storage.read_table(work / "manifest").sort_by([("patient_id", "ascending"), ("image_id", "ascending")])
+    manifest = rows.select(MANIFEST.names).cast(MANIFEST.arrow_schema())
+    bad = rows.filter(pc.not_equal(rows["status"], OK))
+    quarantine = bad.rename_columns({"status": "reason"}).append_column("stage", pa.repeat("ingest", bad.num_rows))
+    quarantine = quarantine.select(QUARANTINE.names).cast(QUARANTINE.arrow_schema())
+    files: dict[str, FileRecord] = {}
+    for file in sorted((work / "records").glob("*.json"), key=lambda path: path.name):
+        files.update(storage.read_json(file))
+    files["manifest.parquet"] = storage.write_table(dataset / "manifest.parquet", manifest)
+    files[f"quarantine/{storage.part_name(0)}"] = storage.write_table(dataset / "quarantine" / storage.part_name(0), quarantine)
+    return manifest, files
+
+
+def _check_bad_fraction(manifest: pa.Table, dataset: UPath, allowed: float) -> None:
+    reasons = Counter(status for status in manifest["status"].to_pylist() if status != OK)
+    n_bad = sum(reasons.values())
+    if n_bad > allowed * manifest.num_rows:
+        raise TooManyBadImagesError(
+            f"{n_bad:,} of {manifest.num_rows:,} files cannot be used ("
+            + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
+            + f"), more than --max-bad-fraction {allowed}; look at {dataset / 'quarantine'}, then correct the archive or run again "
+            "with a larger fraction, which decodes nothing anew"
+        )
+
+
+def _dataset_digest(manifest: pa.Table, image_size: int) -> str:
+    """First 16 hex digits of a SHA-256 over every row of the manifest and the preprocessing: the name of these exact data."""
+    digest = hashlib.sha256(f"{PREPROCESSING} {image_size}".encode())
+    for row in manifest.sort_by("image_id").to_pylist():
+        digest.update(repr([row[name] for name in ("image_id", "label", "patient_id", "content_digest", "status")]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _summary(manifest: pa.Table, config: Config) -> dict[str, Any]:
+    """What the article looks at first: images per class, widths and heights."""
+    cells = manifest.to_pandas()
+    usable = cells[cells["status"] == OK]
+    measured, of = usable, "all images"
+    if config.split_by:
+        measured = usable[assign_splits(usable, by=config.split_by, seed=config.seed) == "train"]
+        of = f"training split by {config.split_by}, seed {config.seed}"
+    names = {label.value: label.name for label in Label}
+    return {
+        "n_files": len(cells),
+        "n_ok": len(usable),
+        "n_quarantined": len(cells) - len(usable),
+        "n_patients": int(usable["patient_id"].nunique()),
+        "n_without_patient": int(usable["patient_id"].isna().sum()),
+        "n_by_label": {name: int((usable["label"] == value).sum()) for value, name in names.items()},
+        "n_unlabelled": int(usable["label"].isna().sum()),
+        "quarantine_reasons": cells.loc[cells["status"] != OK, "status"].value_counts().to_dict(),
+        "image_size": config.image_size,
+        "measured": {"of": of, "n": len(measured), "pixels": {side: _spread(measured[side]) for side in ("width", "height")}},
+        "is_synthetic": bool(cells["image_id"].str.contains("SYNTHETIC").any()),
+    }
+
+
+def _spread(pixels: pd.Series) -> dict[str, float] | None:
+    if pixels.empty:
+        return None
+    return {"min": int(pixels.min()), "mean": round(float(pixels.mean()), 2), "median": float(pixels.median()), "max": int(pixels.max())}
+
+
+def _samples(dataset: UPath, manifest: pa.Table, config: Config) -> bytes:
+    """A grid of cells, half of them of each class, chosen by the seed."""
+    parts = storage.parts(dataset / "crops")
+    if not parts:
+        return samples_figure(np.empty((0, config.image_size, config.image_size, 3), np.uint8), [], "no usable image")
+    rng = np.random.default_rng([config.seed])
+    chosen = [parts[i] for i in sorted(rng.choice(len(parts), min(4, len(parts)), replace=False))]
+    crops = storage.concat(storage.read_table(part) for part in chosen)
+    labels = crops["label"].to_pandas().to_numpy(dtype=float, na_value=np.nan)
+    rows: list[int] = []
+    for group in (labels == 0, labels == 1) if np.isfinite(labels).any() else (np.ones(len(labels), bool),):
+        of_group = np.flatnonzero(group)
+        n = min(_N_SAMPLES // 2, len(of_group))
+        rows += sorted(rng.choice(of_group, n, replace=False).tolist())
+    taken = crops.take(rows)
+    names = {label.value: label.name for label in Label}
+    titles = [
+        f"{names.get(label, 'unlabelled')}\n{patient or 'no patient'} · {width}×{height}"
+        for label, patient, width, height in zip(
+            *(taken[name].to_pylist() for name in ("label", "patient_id", "width", "height")), strict=True
+        )
+    ]
+    heading = f"{len(rows)} of {manifest.num_rows:,} images, resized to {config.image_size} × {config.image_size}"
+    if any("SYNTHETIC" in image_id for image_id in taken["image_id"].to_pylist()):
+        heading += " · SYNTHETIC"
+    return samples_figure(crop_pixels(taken["image"], image_size=config.image_size), titles, heading)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    console = Console()
+    counts = RichTable("", "images", title="dataset" + (" (synthetic images)" if summary["is_synthetic"] else ""))
+    for name, n in (
+        *summary["n_by_label"].items(),
+        ("unlabelled", summary["n_unlabelled"]),
+        ("in quarantine", summary["n_quarantined"]),
+        ("files", summary["n_files"]),
+        ("patients", summary["n_patients"]),
+    ):
+        counts.add_row(name, f"{n:,}")
+    console.print(counts)
+    for reason, n in summary["quarantine_reasons"].items():
+        console.print(f"  quarantine {reason}: {n:,}", highlight=False)
+    measured = summary["measured"]
+    sizes = RichTable("pixels", "min", "mean", "median", "max", title=f"{measured['of']} ({measured['n']:,})")
+    for side, spread in measured["pixels"].items():
+        if spread:
+            sizes.add_row(side, *(f"{spread[key]:g}" for key in ("min", "mean", "median", "max")))
+    console.print(sizes)
+    if sum(n > 0 for n in summary["n_by_label"].values()) == 1 and not summary["n_unlabelled"]:
+        console.print("one class only: this dataset can be screened, not trained on")
