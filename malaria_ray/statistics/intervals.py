@@ -1,12 +1,11 @@
 """How sure a number is: intervals by bootstrap over patients, and Wilson's for one patient's share.
 
-The cells of one patient share blood, stain and microscope and are no independent evidence, so whole patients are
-drawn with replacement (Rutter 2000, Bootstrap estimation of diagnostic accuracy with patient-clustered data).
-`label`, `score` and `threshold` are as in `statistics.metrics`; `patient` is (n,) of patient ids that sort.
+The cells of one patient share blood, stain and microscope and are not independent, so whole patients are drawn
+with replacement (Rutter 2000, Bootstrap estimation of diagnostic accuracy with patient-clustered data).
+`label`, `score` and `threshold` are as in `statistics.metrics`; `patient` is (n,) of patient ids.
 
-The resamples give the standard error. The interval is a t interval on the logit of the metric, on the log of log
-loss, so it stays in the metric's range and is skewed as rates near 0 and 1 are; a difference of two models gets a
-plain t interval. The percentiles of the resamples would be simpler, but they are too narrow and lie too high:
+The resamples give the standard error, and the interval is a t interval on the logit of the metric (the log for log
+loss): it stays in the metric's range and is skewed as the distribution of rates near 0 and 1 is.
 ?? coverage
 """
 
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit, ndtri, stdtrit  # type: ignore[import-untyped]
 
 from malaria_ray.errors import ConfigError, DatasetError
@@ -56,29 +55,29 @@ def bootstrap_over_patients(
     n_resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, Interval]:
-    """Interval of each metric of `metrics.cell_metrics`, in the metric's own unit. Does not depend on row order.
+    """Interval of each metric of `metrics.cell_metrics`, in the metric's unit; does not depend on row order.
 
-    Resample r is drawn by `default_rng([seed, r])` from the sorted patients. NaN stands where no honest interval
-    can be had: for counts, with fewer than two patients (of the class, for sensitivity and specificity; of each
-    class present, for the rest), where any cell has no patient, where a metric is undefined for these cells or for
-    more than 5 % of the resamples, and where no resample changes it (a sensitivity of 1 in every patient).
+    Resample r is drawn from the sorted patients by `default_rng([seed, r])`. Both ends are NaN where no honest
+    interval can be had: for counts; with fewer than two patients (of its class for sensitivity and specificity,
+    of each class that occurs for the rest); where any cell has no patient; where the metric is undefined for these
+    cells or for more than 5 % of the resamples; and where it is the same in all, as a sensitivity of 1 is.
 
-    The interval of `expected_calibration_error` is for that error as estimated from so many cells, which is biased
-    upwards: few cells look badly calibrated.
+    The interval of `expected_calibration_error` is for that error as estimated from so many cells, which is too
+    large: in bins with few cells chance looks like bad calibration.
 
-    Time is n_resamples × n: ?? s for 30,000 cells and 1,000 resamples on one core, ?? s for a million cells; memory is
-    some ten arrays of n.
+    On one core 1,000 resamples take ?? s for 30,000 cells and ?? s for a million, whose memory is ?? MB.
 
     Raises DatasetError for bad labels, scores or lengths, ConfigError for a flag out of range.
     """
     labels, scores = check_cells(label, score)
-    codes, n_patients = _patient_codes(patient, len(labels))
+    codes, patients = patient_codes(patient)
+    check_lengths(label=len(labels), patient=len(codes))
     _check_flags(n_resamples, confidence)
     values = cell_metrics(labels, scores, threshold=threshold)
-    if n_patients < 2:
+    if np.any(codes < 0):
         return dict.fromkeys(values, _NO_INTERVAL)
     cells = tabulate(labels, scores, codes, threshold)
-    resampled = weighted_metrics(cells, _resamples(n_patients, n_resamples, seed))
+    resampled = weighted_metrics(cells, _resamples(len(patients), n_resamples, seed))
     half_widths = _half_widths(resampled, labels, codes, confidence)
     return {name: _in_range(name, value, half_widths[name]) for name, value in values.items()}
 
@@ -95,24 +94,26 @@ def paired_bootstrap_over_patients(
     n_resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, Interval]:
-    """Interval of each metric of `score` minus the same metric of `other_score`, two models on the same cells.
+    """Interval of each metric of `score` minus that of `other_score`, from two models on the same cells.
 
-    Both models see the same resamples, so what makes a patient hard for both cancels out. NaN as in
-    `bootstrap_over_patients`, and where the two never differ. Raises as that does.
+    Both models see the same resamples, so what makes a patient hard for both cancels out. The interval is a plain
+    t interval. NaN as in `bootstrap_over_patients`, so also where the difference is the same in all resamples.
+    Raises as that does.
     """
     labels, scores = check_cells(label, score)
     _, other_scores = check_cells(label, other_score)
-    codes, n_patients = _patient_codes(patient, len(labels))
+    codes, patients = patient_codes(patient)
+    check_lengths(label=len(labels), patient=len(codes))
     _check_flags(n_resamples, confidence)
     values = cell_metrics(labels, scores, threshold=threshold)
     other_values = cell_metrics(labels, other_scores, threshold=other_threshold)
     differences = {name: value - other_values[name] for name, value in values.items()}
-    if n_patients < 2:
+    if np.any(codes < 0):
         return dict.fromkeys(differences, _NO_INTERVAL)
     cells = tabulate(labels, scores, codes, threshold)
     other_cells = tabulate(labels, other_scores, codes, other_threshold)
-    resampled = weighted_metrics(cells, _resamples(n_patients, n_resamples, seed))
-    other_resampled = weighted_metrics(other_cells, _resamples(n_patients, n_resamples, seed))
+    resampled = weighted_metrics(cells, _resamples(len(patients), n_resamples, seed))
+    other_resampled = weighted_metrics(other_cells, _resamples(len(patients), n_resamples, seed))
     resampled_differences = {name: resampled[name] - other_resampled[name] for name in resampled}
     half_widths = _half_widths(resampled_differences, labels, codes, confidence)
     return {
@@ -122,10 +123,10 @@ def paired_bootstrap_over_patients(
 
 
 def wilson(k: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Lower and upper ends of Wilson's interval of the share k / n, float64 in 0..1 of the shape of k and n together.
+    """Lower and upper ends of Wilson's interval for the share k / n, float64 in 0..1, shaped as k and n broadcast.
 
-    k, n  counts, 0 <= k <= n; n = 0 gives NaN. Independent trials are assumed. Wilson 1927, Probable inference, the
-    law of succession, and statistical inference, without correction for continuity.
+    k, n are counts, 0 <= k <= n; n = 0 gives NaN. The trials are taken to be independent. Wilson 1927, Probable
+    inference, the law of succession, and statistical inference; without continuity correction.
 
     Raises DatasetError for counts out of range, ConfigError for a confidence outside 0..1.
     """
@@ -138,10 +139,16 @@ def wilson(k: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[Floats
         share = hits / trials
         center = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
         half = z / (1 + z**2 / trials) * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    # Rounding would leave 1e-17 where no hit, or none but hits, make an end exactly 0 or 1.
-    low = np.where(hits == 0, np.where(trials == 0, np.nan, 0.0), center - half)
-    high = np.where(hits == trials, np.where(trials == 0, np.nan, 1.0), center + half)
+    # The ends are exactly 0 without hits and 1 with nothing but hits; rounding would miss them by 1e-17.
+    low = np.where((hits == 0) & (trials > 0), 0.0, center - half)
+    high = np.where((hits == trials) & (trials > 0), 1.0, center + half)
     return low, high
+
+
+def patient_codes(patient: ArrayLike) -> tuple[Integers, NDArray[np.object_]]:
+    """(n,) int64, the rank of each cell's patient among the sorted ids, -1 where null; and the (p,) sorted ids."""
+    codes, ids = pd.factorize(pd.Series(patient, dtype=object), sort=True)
+    return codes.astype(np.int64), np.asarray(ids, dtype=object)
 
 
 def _check_flags(n_resamples: int, confidence: float) -> None:
@@ -153,13 +160,6 @@ def _check_flags(n_resamples: int, confidence: float) -> None:
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}: allowed is between 0 and 1, 0.95 for a 95 % interval")
-
-
-def _patient_codes(patient: ArrayLike, n_cells: int) -> tuple[Integers, int]:
-    """(n,) ranks of the sorted patient ids and how many there are; 0 where any cell has none."""
-    codes, patients = pd.factorize(pd.Series(patient), sort=True)
-    check_lengths(label=n_cells, patient=len(codes))
-    return codes.astype(np.int64), 0 if np.any(codes < 0) else len(patients)
 
 
 def _resamples(n_patients: int, n_resamples: int, seed: int) -> Iterator[Integers]:
@@ -174,24 +174,24 @@ def _half_widths(
 ) -> dict[str, float]:
     """Half the width of the t interval of each metric; NaN where there is none.
 
-    The degrees of freedom are one less than the patients that a metric is learnt from: those with cells of its class,
-    else of the class that fewer patients have.
+    The degrees of freedom are one less than the patients that a metric is learnt from: those with cells of its
+    class, else of the class that fewer patients have.
     """
-    n_by_class = {int(value): len(np.unique(patient[label == value])) for value in np.unique(label)}
-    half_widths = {}
+    n_patients = {int(value): len(np.unique(patient[label == value])) for value in np.unique(label)}
+    fewest = min(n_patients.values())
+    half_widths = dict.fromkeys(resampled, np.nan)
     for name, values in resampled.items():
-        n = n_by_class.get(_CLASS_OF.get(name, -1), min(n_by_class.values()))
-        has_interval = n >= 2 and name not in COUNTS
-        quantile = float(stdtrit(n - 1, (1 + confidence) / 2))
-        half_widths[name] = quantile * _standard_error(values, n) if has_interval else np.nan
+        n = n_patients.get(_CLASS_OF[name], fewest) if name in _CLASS_OF else fewest
+        if n >= 2 and name not in COUNTS:
+            half_widths[name] = float(stdtrit(n - 1, (1 + confidence) / 2)) * _standard_error(values, n)
     return half_widths
 
 
 def _standard_error(resampled: Floats, n_patients: int) -> float:
     """Standard deviation over the resamples; NaN where too many are undefined, or none differs from another.
 
-    Of n patients drawn with replacement it is too small by √((n - 1) / n) (Hesterberg 2015, What teachers should know
-    about the bootstrap, section 4.2), which the factor undoes.
+    Of n patients drawn with replacement it is too small by √((n - 1) / n) (Hesterberg 2015, What teachers should
+    know about the bootstrap), which the factor undoes.
     """
     defined = resampled[~np.isnan(resampled)]
     if len(defined) < (1 - MAX_UNDEFINED) * len(resampled):

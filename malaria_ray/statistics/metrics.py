@@ -1,12 +1,12 @@
-"""What the scores of cells are worth against their labels: single numbers and curves, under scikit-learn's names.
+"""What the scores of cells are worth against their labels: numbers and curves, under scikit-learn's names.
 
 Throughout the module n is the number of cells and
     label      (n,) of 0 uninfected or 1 parasitized, no nulls
     score      (n,) float32 or float64 in 0..1, P(parasitized), no NaN
-    threshold  a cell is called parasitized where `score >= threshold`, compared in the scores' own type: a float32
-               score of 0.7 reaches a threshold of 0.7, as in the column `predicted_label`
-NumPy arrays, pandas Series and lists are taken alike. What is undefined (a rate with nothing to divide by, ROC AUC of
-one class) is NaN, where scikit-learn returns 0 and warns.
+    threshold  a cell is called parasitized where `score >= threshold`, compared in the scores' own type: a
+               float32 score of 0.7 reaches a threshold of 0.7, as in the column `predicted_label`
+NumPy arrays, pandas Series and lists are taken alike. What is undefined (a rate with nothing to divide by, ROC
+AUC of one class) is NaN, where scikit-learn gives 0 and warns.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _FALSE_POSITIVES_PER_MILLE = {"sensitivity_at_specificity_0.99": 10, "sensitivit
 
 
 def cell_metrics(label: ArrayLike, score: ArrayLike, *, threshold: float) -> dict[str, float]:
-    """All metrics of one set of cells by name. Rates are in 0..1, Matthews correlation in -1..1, log loss in nats.
+    """All metrics of one set of cells by name, parasitized being the positive class.
 
-    Parasitized is the positive class. `negative_predictive_value` and `specificity` stand also as
-    `precision_uninfected` and `recall_uninfected`, their names in scikit-learn's classification report; `…_weighted`
-    averages over the two classes by their numbers of labels.
+    Counts are in cells, rates in 0..1, Matthews correlation in -1..1, log loss in nats.
+    `negative_predictive_value` and `specificity` stand also as `precision_uninfected` and `recall_uninfected`,
+    their names in a classification report; `…_weighted` averages over the two classes by their numbers of labels.
 
-    `log_loss` clips the scores to [eps, 1 - eps] of their type, as scikit-learn does. `expected_calibration_error`
-    is Guo et al. 2017, On calibration of modern neural networks, eq. 3, over 15 bins of equal width, applied to
-    P(parasitized) rather than to the confidence of the call (the binary form of Naeini et al. 2015).
-    `sensitivity_at_specificity_0.99` is the highest sensitivity of all thresholds whose specificity on these cells
-    is 0.99 or more, without interpolation.
+    `log_loss` clips the scores to [eps, 1 - eps] of their type, as scikit-learn does.
+    `expected_calibration_error` is Guo et al. 2017, On calibration of modern neural networks, eq. 3, over 15 bins
+    of equal width, applied to P(parasitized) and not to the confidence of the call (so Naeini et al. 2015).
+    `sensitivity_at_specificity_0.99` is the highest sensitivity of all thresholds whose specificity on these
+    cells is 0.99 or more, without interpolation: with fewer than 100 uninfected cells, without a false positive.
 
     Raises DatasetError for bad labels or scores, ConfigError for a threshold outside 0..1.
     """
@@ -58,8 +58,8 @@ def cell_metrics(label: ArrayLike, score: ArrayLike, *, threshold: float) -> dic
 def roc_curve(label: ArrayLike, score: ArrayLike) -> pd.DataFrame:
     """Columns threshold (falling, from infinity), false_positive_rate and sensitivity; at most 1,000 rows.
 
-    Each row is an operating point of scikit-learn's `roc_curve`; no point that was left out lies farther than 0.002
-    from one that stands. No rows where a class has no cells. Raises DatasetError for bad labels or scores.
+    Each row is an operating point of scikit-learn's `roc_curve`; a point that was left out lies at most 0.003 from
+    one that stands. No rows where a class has no cells. Raises DatasetError for bad labels or scores.
     """
     threshold, true_positives, false_positives = _operating_points(*check_cells(label, score))
     columns = ["threshold", "false_positive_rate", "sensitivity"]
@@ -74,8 +74,8 @@ def roc_curve(label: ArrayLike, score: ArrayLike) -> pd.DataFrame:
 def precision_recall_curve(label: ArrayLike, score: ArrayLike) -> pd.DataFrame:
     """Columns threshold (falling, from infinity), sensitivity (the recall) and precision; at most 1,000 rows.
 
-    Each row is an operating point of scikit-learn's `precision_recall_curve`; the first, which calls nothing, has
-    precision 1 by the same convention. Rows are left out evenly along the curve. No rows where no cell is
+    Each row is an operating point of scikit-learn's `precision_recall_curve`; the first, which calls nothing,
+    has precision 1 by the same convention. Rows are left out evenly along the curve. No rows where no cell is
     parasitized. Raises DatasetError for bad labels or scores.
     """
     threshold, true_positives, false_positives = _operating_points(*check_cells(label, score))
@@ -92,10 +92,11 @@ def precision_recall_curve(label: ArrayLike, score: ArrayLike) -> pd.DataFrame:
 def calibration_curve(
     label: ArrayLike, score: ArrayLike, *, n_bins: int = N_CALIBRATION_BINS
 ) -> pd.DataFrame:
-    """Columns score_low, score_high, n, mean_score, observed_share: one row per bin of equal width with cells in it.
+    """Columns score_low, score_high, n, mean_score, observed_share; one row for each bin that has cells.
 
-    A bin holds the scores in (score_low, score_high], the first also 0; `observed_share` is the share of its n cells
-    that are labelled parasitized. Raises DatasetError for bad labels or scores.
+    The bins are of equal width and hold the scores in (score_low, score_high], the first also 0; `observed_share`
+    is the share of the bin's n cells that are labelled parasitized. `mean_score` and `observed_share` are
+    scikit-learn's `prob_pred` and `prob_true`. Raises DatasetError for bad labels or scores.
     """
     labels, scores = check_cells(label, score)
     bin_of_cell = _calibration_bin(scores, n_bins)
@@ -120,20 +121,30 @@ def check_cells(label: ArrayLike, score: ArrayLike) -> tuple[Integers, NDArray[n
     neither 0 nor 1, a score that is null or outside 0..1.
     """
     scores = check_scores(score)
-    labels = as_numbers(label, "label")
+    labels = check_labels(label)
     check_lengths(label=len(labels), score=len(scores))
-    _refuse(
-        ~np.isin(labels, (0, 1)),
-        label,
-        "label",
-        "0 (uninfected) or 1 (parasitized); leave unlabelled cells out",
-    )
     return labels.astype(np.int64), scores
 
 
+def check_labels(label: ArrayLike, *, nullable: bool = False) -> Floats:
+    """`label` as (n,) float64 of 0, 1 and, where nullable, NaN. DatasetError with the first row of anything else."""
+    labels = _numbers(label, "label")
+    allowed = "0 (uninfected) or 1 (parasitized)"
+    if nullable:
+        _refuse(
+            ~np.isin(labels, (0, 1)) & pd.Series(label).notna().to_numpy(),
+            label,
+            "label",
+            f"{allowed} or null",
+        )
+    else:
+        _refuse(~np.isin(labels, (0, 1)), label, "label", f"{allowed}; leave unlabelled cells out")
+    return labels
+
+
 def check_scores(score: ArrayLike) -> NDArray[np.floating[Any]]:
-    """`score` as (n,) float32 where it was that, else float64; DatasetError for no cells or one outside 0..1."""
-    numbers = as_numbers(score, "score")
+    """`score` as (n,) float32 where it was that, else float64. DatasetError for none, or one outside 0..1."""
+    numbers = _numbers(score, "score")
     if not len(numbers):
         raise DatasetError("no cells: there must be at least one score to compute anything from")
     _refuse(~((numbers >= 0) & (numbers <= 1)), score, "score", "0..1, no nulls")
@@ -145,15 +156,6 @@ def check_lengths(**n_rows: int) -> None:
     if len(set(n_rows.values())) > 1:
         found = ", ".join(f"{n} rows of {name}" for name, n in n_rows.items())
         raise DatasetError(f"{found}: the columns must describe the same cells, row by row")
-
-
-def as_numbers(values: ArrayLike, name: str) -> Floats:
-    """(n,) float64; NaN for nulls of any kind and for what is not a number. DatasetError unless one-dimensional."""
-    shape = np.shape(values)
-    if len(shape) != 1:
-        raise DatasetError(f"{name} has shape {shape}: allowed is one dimension, (n,)")
-    numbers = pd.to_numeric(pd.Series(values), errors="coerce")
-    return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
 def called_parasitized(score: NDArray[np.floating[Any]], threshold: float) -> NDArray[np.bool_]:
@@ -170,9 +172,9 @@ class ScoredCells:
     n cells, p patients, g distinct scores.
         label          (n,) int64, 0 or 1
         patient        (n,) int64, 0..p-1
-        last_of_score  (g,) int64, the last cell of each distinct score: cells of one score are never told apart
-        sums           (p, 6 + 15) float64 for each patient: true negatives, false positives, false negatives, true
-                       positives, squared error, log loss, and score - label in each calibration bin
+        last_of_score  (g,) int64, the last cell of each distinct score; cells of one score are never told apart
+        sums           (p, 6 + 15) float64, for each patient: true negatives, false positives, false negatives,
+                       true positives, squared error, log loss, and score - label in each calibration bin
     """
 
     label: Integers
@@ -184,9 +186,10 @@ class ScoredCells:
 def tabulate(
     label: Integers, score: NDArray[np.floating[Any]], patient: Integers, threshold: float
 ) -> ScoredCells:
-    """The table of checked cells (`check_cells`) that `weighted_metrics` needs; `patient` is (n,) int64, 0..p-1.
+    """The table that `weighted_metrics` needs, of cells that `check_cells` passed; `patient` is (n,) int64, 0..p-1.
 
     The rows are put into one order first, so that not even the last bit of a sum depends on the order given.
+    Raises ConfigError for a threshold outside 0..1.
     """
     order = np.lexsort((label, patient, -score))
     label, score, patient = label[order], score[order], patient[order]
@@ -198,7 +201,7 @@ def tabulate(
 def weighted_metrics(cells: ScoredCells, weights: Iterable[Integers]) -> dict[str, Floats]:
     """Each metric of `cell_metrics` as (r,) float64, with patient i counted `weight[i]` times.
 
-    weights  r arrays of (p,) int64, 0 or more, not all 0; taken one at a time, so memory does not grow with r × p.
+    weights  r arrays of (p,) int64, 0 or more, not all 0; taken one at a time, so r × p is never in memory
     """
     sums: list[Floats] = []
     ranks: list[Floats] = []
@@ -208,12 +211,21 @@ def weighted_metrics(cells: ScoredCells, weights: Iterable[Integers]) -> dict[st
     return _metrics_of_sums(np.array(sums)) | _metrics_of_ranks(np.array(ranks))
 
 
+def _numbers(values: ArrayLike, name: str) -> Floats:
+    """(n,) float64, NaN for nulls of any kind and for what is no number. DatasetError unless one-dimensional."""
+    shape = np.shape(values)
+    if len(shape) != 1:
+        raise DatasetError(f"{name} has shape {shape}: allowed is one dimension, (n,)")
+    numbers = pd.to_numeric(pd.Series(values), errors="coerce")
+    return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
 def _refuse(bad: NDArray[np.bool_], found: ArrayLike, name: str, allowed: str) -> None:
     if bad.any():
         row = int(np.argmax(bad))
         raise DatasetError(
-            f"{name} of row {row} is {list(pd.Series(found)[row : row + 1])[0]!s} "
-            f"({bad.sum()} of {len(bad)} rows are like that): allowed is {allowed}"
+            f"{name} of row {row} is {pd.Series(found).iloc[row]} "
+            f"({bad.sum()} of {len(bad)} rows cannot be used): allowed is {allowed}"
         )
 
 
@@ -222,7 +234,7 @@ def _last_of_score(descending: NDArray[np.floating[Any]]) -> Integers:
 
 
 def _operating_points(label: Integers, score: NDArray[np.floating[Any]]) -> tuple[Floats, Integers, Integers]:
-    """(g + 1,) thresholds, true and false positives of every distinct score, from the threshold that calls none."""
+    """(g + 1,) thresholds, true and false positives, one for each distinct score after one that calls nothing."""
     order = np.argsort(-score, kind="stable")
     last = _last_of_score(score[order])
     true_positives = np.append(0, np.cumsum(label[order])[last])
@@ -231,7 +243,7 @@ def _operating_points(label: Integers, score: NDArray[np.floating[Any]]) -> tupl
 
 
 def _evenly_along(x: Floats, y: Floats) -> Integers:
-    """Indices of at most MAX_CURVE_POINTS points of a curve, both ends among them, evenly spaced along its length."""
+    """Indices of at most MAX_CURVE_POINTS points of a curve, with both ends, evenly spaced along its length."""
     if len(x) <= MAX_CURVE_POINTS:
         return np.arange(len(x))
     length = np.append(0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
@@ -260,8 +272,8 @@ def _sums_by_patient(
 
 
 def _rank_sums(cells: ScoredCells, weight: Integers) -> Floats:
-    """Parasitized and uninfected cells, twice the ROC area and the precision-recall area in cells, and the true
-    positives at each of the two specificities."""
+    """(6,): parasitized cells, uninfected cells, twice the area under the ROC curve in pairs of cells, the area
+    under the precision-recall curve in cells, and the true positives at each of the two specificities."""
     weights = weight[cells.patient]
     called = np.cumsum(weights)[cells.last_of_score]
     true_positives = np.cumsum(weights * cells.label)[cells.last_of_score]
@@ -292,8 +304,9 @@ def _metrics_of_sums(sums: Floats) -> dict[str, Floats]:
 
     def weighted(of_uninfected: Floats, of_parasitized: Floats) -> Floats:
         # A class without cells has weight 0, and 0 × NaN must not hide the other.
-        shares = ((uninfected, of_uninfected), (parasitized, of_parasitized))
-        return np.asarray(sum(np.where(size > 0, size * metric, 0.0) for size, metric in shares) / n)
+        uninfected_part = np.where(uninfected > 0, uninfected * of_uninfected, 0.0)
+        parasitized_part = np.where(parasitized > 0, parasitized * of_parasitized, 0.0)
+        return (uninfected_part + parasitized_part) / n
 
     return {
         **dict(zip(COUNTS, (tp, fp, tn, fn), strict=True)),

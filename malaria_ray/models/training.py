@@ -1,0 +1,284 @@
+"""The training loop of one Ray Train worker: N workers with a global batch B take the same steps as one worker with B.
+
+Keras 3's `fit` cannot run under `MultiWorkerMirroredStrategy` (keras-team/keras#20585), so the step is our own: each worker takes its
+slice of every global batch, sums its weighted loss over the global number of images, and the optimizer adds the gradients up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import ray.train
+
+from malaria_ray.errors import TrainingError
+from malaria_ray.models import ModelName, build_model
+
+_LOG_EVERY_S = 15.0
+_CHECK_EVERY_STEPS = 20  # how often the loss is looked at: every look waits for the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Where the examples lie: `parts` are object references of uint8 arrays (n_i, size, size, 3); example k is row `row[k]` of
+    part `part[k]`, with `label[k]` 0 or 1. Workers on a node share one copy of the parts."""
+
+    parts: list[Any]
+    part: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
+    label: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Everything a worker needs to know. Sizes in examples, rates per step."""
+
+    model: ModelName
+    image_size: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    patience: int
+    seed: int
+    n_threads: int
+    train: Examples
+    val: Examples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A worker's slice of a global batch, padded to the same length on every worker; padding has weight 0."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32]
+    n_global: int
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
+    """The order in which an epoch sees the training examples; the same for any number of workers."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batches(
+    examples: Examples, order: npt.NDArray[np.int64], *, batch_size: int, rank: int, n_workers: int
+) -> Iterator[Batch]:
+    """The slices that worker `rank` of `n_workers` takes of the global batches of `order`: every example exactly once over all
+    workers, the same number of batches on each."""
+    parts = [ray.get(part) for part in examples.parts]
+    shape = parts[0].shape[1:]
+    n_local = -(-batch_size // n_workers)
+    for start in range(0, len(order), batch_size):
+        in_batch = order[start : start + batch_size]
+        mine = in_batch[rank::n_workers]
+        images = np.zeros((n_local, *shape), parts[0].dtype)
+        labels, weights = np.zeros(n_local, np.float32), np.zeros(n_local, np.float32)
+        for i, example in enumerate(mine):
+            images[i] = parts[examples.part[example]][examples.row[example]]
+        labels[: len(mine)] = examples.label[mine]
+        weights[: len(mine)] = 1
+        yield Batch(images, labels, weights, len(in_batch))
+
+
+def train_worker(plan: TrainingPlan) -> None:
+    """Trains to the last epoch or until patience ends, from the newest checkpoint if there is one; reports every epoch.
+
+    Raises: `TrainingError` where the loss is no finite number, naming epoch and step.
+    """
+    os.environ.pop("TF_USE_LEGACY_KERAS", None)  # set by Ray Train; the models are Keras 3
+    import tensorflow as tf  # noqa: I001 - keras must be imported before tf.keras is first touched
+    import keras
+
+    tf.config.threading.set_intra_op_parallelism_threads(plan.n_threads)
+    tf.config.threading.set_inter_op_parallelism_threads(max(1, plan.n_threads))
+    keras.utils.set_random_seed(plan.seed)
+    context = ray.train.get_context()
+    rank, n_workers = context.get_world_rank(), context.get_world_size()
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+
+    history: list[dict[str, Any]] = []
+    checkpoint = ray.train.get_checkpoint()
+    with strategy.scope():
+        if checkpoint is None:
+            model = build_model(plan.model, plan.image_size)
+            model.compile(optimizer=keras.optimizers.Adam(plan.learning_rate), loss="binary_crossentropy")
+        else:
+            with checkpoint.as_directory() as folder:
+                model = keras.saving.load_model(Path(folder) / "model.keras")
+                history = json.loads((Path(folder) / "history.json").read_text())
+        optimizer = model.optimizer
+        optimizer.build(model.trainable_variables)
+    learning_rate = float(optimizer.learning_rate.numpy())
+    callbacks = keras.callbacks.CallbackList(_callbacks(keras, plan), model=model)
+    callbacks.on_train_begin()
+    for row in history:  # brings the callbacks' counters to where they were
+        callbacks.on_epoch_end(row["epoch"] - 1, dict(row))
+    if history:
+        optimizer.learning_rate.assign(learning_rate)
+
+    train_step, score_step = _steps(tf, keras, model, strategy)
+
+    for epoch in range(len(history) + 1, plan.epochs + 1):
+        if model.stop_training:
+            break
+        begun = time.monotonic()
+        learning_rate = float(optimizer.learning_rate.numpy())
+        order = epoch_order(plan.seed, epoch, len(plan.train))
+        share = batches(plan.train, order, batch_size=plan.batch_size, rank=rank, n_workers=n_workers)
+        sums = _run_epoch(tf, train_step, share, plan=plan, epoch=epoch, is_speaker=rank == 0)
+        trained = time.monotonic()
+        loss, n_correct = (float(x) for x in strategy.reduce("SUM", _per_replica(strategy, tf.constant(sums)), axis=None).numpy())
+        scores = _score_all(strategy, score_step, plan.val, rank=rank, n_workers=n_workers, batch_size=plan.batch_size)
+        row = {
+            "epoch": epoch,
+            "train_loss": loss / len(plan.train),
+            "train_accuracy": n_correct / len(plan.train),
+            **_val_metrics(plan.val.label, scores),
+            "learning_rate": learning_rate,
+            "seconds": time.monotonic() - begun,
+            "images_per_second": len(plan.train) / (trained - begun),
+        }
+        history.append(row)
+        callbacks.on_epoch_end(epoch - 1, dict(row))
+        if rank == 0:
+            _say(
+                f"epoch {epoch}/{plan.epochs}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
+                f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, val_roc_auc {row['val_roc_auc']:.4f}, "
+                f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
+            )
+        _report(model, row, history, is_saver=rank == 0)
+
+
+def _callbacks(keras: Any, plan: TrainingPlan) -> list[Any]:
+    """The article's ReduceLROnPlateau, and early stopping where patience is set."""
+    callbacks = [keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=2, min_lr=1e-6)]
+    if plan.patience:
+        callbacks.append(keras.callbacks.EarlyStopping(monitor="val_loss", patience=plan.patience))
+    return callbacks
+
+
+def _steps(tf: Any, keras: Any, model: Any, strategy: Any) -> tuple[Any, Any]:
+    """The compiled training step, (images, labels, weights, n_global) -> [summed loss, n correct] of this worker, and the scoring
+    step, images -> scores."""
+
+    def local_train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
+        with tf.GradientTape() as tape:
+            scores = tf.squeeze(model(images, training=True), -1)
+            losses = keras.losses.binary_crossentropy(labels[:, None], scores[:, None]) * weights
+            loss = tf.reduce_sum(losses) / n_global
+        gradients = tape.gradient(loss, model.trainable_variables)
+        model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        correct = tf.cast((scores >= 0.5) == (labels >= 0.5), tf.float32) * weights
+        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(correct)])
+
+    @tf.function
+    def train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
+        return strategy.run(local_train_step, args=(images, labels, weights, n_global))
+
+    @tf.function
+    def score_step(images: Any) -> Any:
+        return tf.squeeze(model(images, training=False), -1)
+
+    return train_step, score_step
+
+
+def _run_epoch(
+    tf: Any, train_step: Any, share: Iterator[Batch], *, plan: TrainingPlan, epoch: int, is_speaker: bool
+) -> npt.NDArray[np.float64]:
+    """One epoch on this worker: [summed loss, n correct] over its examples."""
+    n_steps = -(-len(plan.train) // plan.batch_size)
+    begun = spoken = time.monotonic()
+    sums = np.zeros(2)
+    pending: list[Any] = []
+    n_done = 0
+    for step, batch in enumerate(share, start=1):
+        pending.append(
+            train_step(
+                tf.convert_to_tensor(batch.images),
+                tf.convert_to_tensor(batch.labels),
+                tf.convert_to_tensor(batch.weights),
+                tf.constant(batch.n_global, tf.float32),
+            )
+        )
+        n_done += batch.n_global
+        if len(pending) == _CHECK_EVERY_STEPS or step == n_steps:
+            results = np.array([result.numpy() for result in pending], np.float64)
+            if not np.isfinite(results).all():
+                bad = step - len(pending) + 1 + int(np.flatnonzero(~np.isfinite(results).all(axis=1))[0])
+                raise TrainingError(
+                    f"the loss is not a finite number at step {bad} of epoch {epoch}; the checkpoints of earlier epochs are kept. "
+                    "Try a lower --learning-rate in a new run directory"
+                )
+            sums += results.sum(axis=0)
+            pending.clear()
+        if is_speaker and time.monotonic() - spoken > _LOG_EVERY_S:
+            spoken = time.monotonic()
+            rate = n_done / (spoken - begun)
+            left = (len(plan.train) - n_done) / rate
+            _say(f"epoch {epoch}/{plan.epochs} step {step}/{n_steps}: {rate:.1f} images/s, {left:.0f} s left in the epoch")
+    return sums
+
+
+def _score_all(
+    strategy: Any, score_step: Any, examples: Examples, *, rank: int, n_workers: int, batch_size: int
+) -> npt.NDArray[np.float32]:
+    """The scores of all examples, float32 (n,), in their order, computed by all workers together."""
+    order = np.arange(len(examples))
+    mine = [
+        score_step(batch.images).numpy()
+        for batch in batches(examples, order, batch_size=batch_size, rank=rank, n_workers=n_workers)
+    ]
+    if n_workers == 1:
+        return np.concatenate(mine)[: len(examples)]
+    # Worker r holds at place i of batch b the example b * batch_size + i * n_workers + r.
+    gathered = strategy.gather(_per_replica(strategy, np.stack(mine)[None]), axis=0).numpy()
+    scores = np.full(len(examples), np.nan, np.float32)
+    for r in range(n_workers):
+        for b in range(gathered.shape[1]):
+            places = order[b * batch_size : (b + 1) * batch_size][r::n_workers]
+            scores[places] = gathered[r, b, : len(places)]
+    return scores
+
+
+def _per_replica(strategy: Any, value: Any) -> Any:
+    return strategy.run(lambda: __import__("tensorflow").convert_to_tensor(value))
+
+
+def _val_metrics(label: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
+    if not np.isfinite(scores).all():
+        raise TrainingError("the model scores validation images with NaN; the checkpoints of earlier epochs are kept")
+    truth = label.astype(int)
+    return {
+        "val_loss": float(log_loss(truth, scores.astype(np.float64), labels=[0, 1])),
+        "val_accuracy": float(accuracy_score(truth, scores >= 0.5)),
+        "val_roc_auc": float(roc_auc_score(truth, scores)),
+    }
+
+
+def _report(model: Any, row: dict[str, Any], history: list[dict[str, Any]], *, is_saver: bool) -> None:
+    """Reports an epoch; rank 0 with the whole model, optimizer state and history so far."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if is_saver:
+            model.save(Path(folder) / "model.keras")
+            (Path(folder) / "history.json").write_text(json.dumps(history))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(row, checkpoint=checkpoint)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # a worker's stdout reaches the driver's terminal through Ray

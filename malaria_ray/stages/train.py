@@ -1,0 +1,256 @@
+"""train: a dataset becomes a run. Split by patient → Ray Train → the best epoch's weights as model.keras and model.onnx."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import ray
+import ray.train
+from ray.train.tensorflow import TensorflowTrainer
+from tyro.conf import Positional
+from upath import UPath
+
+from malaria_ray.archives.reading import crop_pixels
+from malaria_ray.cells.splits import SplitBy, assign_splits
+from malaria_ray.errors import ConfigError, MalariaRayError, TrainingError
+from malaria_ray.models import ModelName
+from malaria_ray.models.export import export
+from malaria_ray.models.training import Examples, TrainingPlan, train_worker
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.session import n_cpus, ray_session
+from malaria_ray.schema import HISTORY, SPLITS, Split
+from malaria_ray.stages.pictures import learning_curves_figure
+
+log = logging.getLogger("malaria_ray")
+
+THRESHOLD = 0.5
+_N_PROBE = 64  # real crops on which model.keras and model.onnx are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Trains a model on a dataset and writes a run: weights, splits, history and learning curves."""
+
+    dataset: Positional[str]
+    """Dataset made by 'malaria-ray ingest'."""
+    run: Positional[str]
+    """Directory to write, made if missing."""
+    model: ModelName
+    """cnn: the article's convolutional network from scratch."""
+    split_by: SplitBy = "patient"
+    """Keep each patient's cells in one split, or split image by image as the article does, which leaks patients."""
+    epochs: int = 25
+    """Epochs at most."""
+    patience: int = 5
+    """Stop after so many epochs without a lower validation loss; 0 never stops."""
+    batch_size: int = 64
+    """Images a step, over all workers together."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate; halved after two epochs without a lower validation loss."""
+    num_workers: int = 1
+    """Training processes, over the nodes of the cluster."""
+    cpus_per_worker: int | None = None
+    """CPUs and threads of each; by default the cluster's CPUs divided by the workers."""
+    seed: int = 42
+    """Seed of the split, the weights and the order of the images."""
+    overwrite: bool = False
+    """Delete the run first if it is there."""
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("--epochs", self.epochs, 1),
+            ("--patience", self.patience, 0),
+            ("--batch-size", self.batch_size, 1),
+            ("--num-workers", self.num_workers, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if value < low:
+                raise ConfigError(f"{name} {value}: must be at least {low}")
+        if self.num_workers > self.batch_size:
+            raise ConfigError(f"--num-workers {self.num_workers}: each needs an image of the batch of {self.batch_size}")
+        if not 0 < self.learning_rate <= 1:
+            raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
+
+
+def run(config: Config) -> None:
+    """Makes the run; does nothing where it is finished; goes on from the last checkpoint where an earlier run stopped."""
+    begun = time.monotonic()
+    path, dataset = storage.locate(config.run), storage.locate(config.dataset)
+    success = outputs.check_complete(dataset, "ingest")
+    image_size = outputs.read_config(dataset, "ingest")["identity"]["image_size"]
+    identity = {
+        "dataset_digest": success["dataset_digest"],
+        "image_size": image_size,
+        **{
+            name: getattr(config, name)
+            for name in ("model", "split_by", "epochs", "patience", "batch_size", "learning_rate", "seed")
+        },
+    }
+    cells = _cells(dataset)
+    splits = assign_splits(cells, by=config.split_by, seed=config.seed)  # raises before anything is written
+    if not outputs.prepare(path, stage="train", config=config, identity=identity, overwrite=config.overwrite):
+        log.info("%s is finished; nothing to do (--overwrite trains anew)", path)
+        return
+    files = {"splits.parquet": storage.write_table(path / "splits.parquet", _splits_table(cells, splits))}
+    log.info(
+        "%s images of %s patients: %s",
+        f"{len(cells):,}",
+        cells["patient_id"].nunique(),
+        ", ".join(f"{split} {int((splits == split).sum()):,}" for split in Split),
+    )
+    with ray_session():
+        n_threads = config.cpus_per_worker or max(1, n_cpus() // config.num_workers)
+        _check_resources(config.num_workers, n_threads)
+        parts = _load_parts(dataset, image_size)
+        examples = {split: _examples(cells, splits == split, parts) for split in Split if split is not Split.test}
+        plan = TrainingPlan(
+            model=config.model,
+            image_size=image_size,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            patience=config.patience,
+            seed=config.seed,
+            n_threads=n_threads,
+            train=examples[Split.train],
+            val=examples[Split.val],
+        )
+        result = _fit(plan, path, config.num_workers)
+        trained = time.monotonic()
+        history, best = _history(result)
+        exported = _export(best, examples[Split.val], n_threads)
+
+    for name in ("keras", "onnx"):
+        storage.write_bytes(path / f"model.{name}", exported[name])
+        files[f"model.{name}"] = storage.record_of(path / f"model.{name}")
+    files["history.parquet"] = storage.write_table(
+        path / "history.parquet", pa.Table.from_pandas(history, schema=HISTORY.arrow_schema(), preserve_index=False)
+    )
+    best_row = history.loc[history["val_loss"].idxmin()]
+    run_id = f"{config.model}-{hashlib.sha256(exported['onnx']).hexdigest()[:12]}"
+    figure = learning_curves_figure(history, best_epoch=int(best_row["epoch"]), heading=f"{run_id}, split by {config.split_by}")
+    storage.write_bytes(path / "learning_curves.png", figure)
+    outputs.finish(
+        path,
+        counts={"n_epochs": len(history), **{f"n_{split}": int((splits == split).sum()) for split in Split}},
+        files=files,
+        run_id=run_id,
+        model=config.model,
+        image_size=image_size,
+        threshold=THRESHOLD,
+        parameters=exported["parameters"],
+        onnx_max_difference=exported["max_difference"],
+        best=best_row.to_dict(),
+        timings={"training_s": round(trained - begun, 1), "total_s": round(time.monotonic() - begun, 1)},
+    )
+    log.info(
+        "best epoch %d of %d: val_accuracy %.4f, val_loss %.4f, val_roc_auc %.4f",
+        best_row["epoch"],
+        len(history),
+        best_row["val_accuracy"],
+        best_row["val_loss"],
+        best_row["val_roc_auc"],
+    )
+    log.info("run: %s", path)
+
+
+def _cells(dataset: UPath) -> pd.DataFrame:
+    """One row per crop: image_id, label, patient_id, and where it lies, `part` (index) and `row`."""
+    tables = []
+    for index, part in enumerate(storage.parts(dataset / "crops")):
+        cells = storage.read_table(part, columns=["image_id", "label", "patient_id"]).to_pandas()
+        tables.append(cells.assign(part=index, row=np.arange(len(cells))))
+    empty = pd.DataFrame(columns=["image_id", "label", "patient_id", "part", "row"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
+
+
+def _splits_table(cells: pd.DataFrame, splits: pd.Series) -> pa.Table:
+    table = cells[["image_id", "patient_id", "label"]].assign(split=splits).sort_values("image_id")
+    return pa.Table.from_pandas(table, schema=SPLITS.arrow_schema(), preserve_index=False)
+
+
+def _check_resources(num_workers: int, cpus_per_worker: int) -> None:
+    have = n_cpus()
+    if num_workers * cpus_per_worker > have:
+        raise TrainingError(
+            f"{num_workers} workers of {cpus_per_worker} CPUs need {num_workers * cpus_per_worker}, the cluster has {have}; "
+            "lower --num-workers or --cpus-per-worker, or add nodes"
+        )
+
+
+def _load_parts(dataset: UPath, image_size: int) -> list[Any]:
+    """Every crops part as a uint8 array (n, size, size, 3) in Ray's object store, read in parallel; one copy a node."""
+    load = ray.remote(_load_part)
+    return [load.remote(storage.as_url(part), image_size) for part in storage.parts(dataset / "crops")]
+
+
+def _load_part(url: str, image_size: int) -> np.ndarray:
+    return crop_pixels(storage.read_table(storage.locate(url), columns=["image"])["image"], image_size=image_size)
+
+
+def _examples(cells: pd.DataFrame, chosen: pd.Series, parts: list[Any]) -> Examples:
+    rows = cells[chosen].sort_values("image_id")
+    return Examples(
+        parts=parts,
+        part=rows["part"].to_numpy(np.int32),
+        row=rows["row"].to_numpy(np.int32),
+        label=rows["label"].to_numpy(np.float32),
+    )
+
+
+def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
+    filesystem, root = storage.arrow_filesystem(path)
+    trainer = TensorflowTrainer(
+        train_worker,
+        train_loop_config=plan,
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": plan.n_threads}),
+        run_config=ray.train.RunConfig(
+            name="checkpoints",
+            storage_path=root,
+            storage_filesystem=filesystem,
+            # Ray Train keeps the best ones and always the newest.
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
+            ),
+            failure_config=ray.train.FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        causes = [cause for cause in getattr(error, "worker_failures", {}).values()]
+        cause = next((c for c in causes if isinstance(_cause(c), MalariaRayError)), causes[0] if causes else error)
+        raise TrainingError(f"training stopped: {_cause(cause)}; run the same command again to go on from the last checkpoint") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    return getattr(error, "cause", None) or error.__cause__ or error
+
+
+def _history(result: ray.train.Result) -> tuple[pd.DataFrame, ray.train.Checkpoint]:
+    """All epochs, from the newest checkpoint, and the checkpoint of the lowest validation loss."""
+    best, _ = min(result.best_checkpoints, key=lambda kept: kept[1]["val_loss"])
+    with result.checkpoint.as_directory() as folder:
+        history = pd.read_json(os.path.join(folder, "history.json"))  # noqa: PTH118
+    return history, best
+
+
+def _export(checkpoint: ray.train.Checkpoint, examples: Examples, n_threads: int) -> dict[str, Any]:
+    """Exports in a process of its own, so that the driver never loads TensorFlow."""
+
+    def task() -> dict[str, Any]:
+        chosen = np.linspace(0, len(examples) - 1, min(_N_PROBE, len(examples))).astype(int)
+        probe = np.stack([ray.get(examples.parts[examples.part[i]])[examples.row[i]] for i in chosen])
+        with checkpoint.as_directory() as folder:
+            return export(folder, probe=probe)
+
+    exported: dict[str, Any] = ray.get(ray.remote(task).options(num_cpus=n_threads).remote())
+    return exported
