@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"malaria-ray {command}: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) and getattr(error, "is_usage", False) else 1
+        return 1
     except KeyboardInterrupt:
         print(f"malaria-ray {command}: stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -70,7 +70,8 @@ def _run(command: str, arguments: list[str]) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return stage.run(config) or 0
+    stage.run(config)
+    return 0
 
 
 def _configure_output(debug: bool) -> None:

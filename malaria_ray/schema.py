@@ -143,7 +143,7 @@ QUARANTINE = Table(
 SPLITS = Table(
     "splits",
     "which split each image of the dataset belongs to",
-    (IMAGE_ID, PATIENT_ID, LABEL, Column("split", pa.string(), "train, val or test")),
+    (IMAGE_ID, PATIENT_ID, LABEL, Column("split", pa.string(), "train, val or test"), CONTENT_DIGEST),
 )
 
 HISTORY = Table(
@@ -184,7 +184,7 @@ METRICS = Table(
     "one row per metric, split and level",
     (
         MODEL,
-        Column("split", pa.string(), "train, val, test; all where the images belong to no split of the run"),
+        Column("split", pa.string(), "train, val or test of the run that gave the scores; unseen for images that are in none"),
         Column("level", pa.string(), "cell or patient"),
         Column("metric", pa.string(), "name as in scikit-learn, or n_true_positive and the like for counts"),
         Column("value", pa.float64(), "the metric; null where it is undefined (one class only, say)"),

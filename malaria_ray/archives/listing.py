@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from upath import UPath
+
 from malaria_ray.archives import Archive
 from malaria_ray.cells.patients import label_of, patient_of
 from malaria_ray.errors import ArchiveError
+from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
 
 
@@ -42,6 +45,21 @@ def listing_digest(listing: pa.Table) -> str:
             digest.update("\x01".join(chunk.to_pylist()).encode("utf-8", "surrogatepass"))
             digest.update(b"\x02")
     return digest.hexdigest()[:16]
+
+
+def check_same_listing(work: UPath, listing: pa.Table) -> None:
+    """Keeps the listing's digest in the work folder of an output; a resumed run must find the archive that the first one found.
+
+    Raises: `ArchiveError` where it differs.
+    """
+    file, now = work / "listing.json", {"n_files": listing.num_rows, "digest": listing_digest(listing)}
+    if not file.exists():
+        storage.write_json(file, now)
+    elif (was := storage.read_json(file)) != now:
+        raise ArchiveError(
+            f"the archive changed since the output was begun: {was['n_files']:,} files then, {now['n_files']:,} now, or others; "
+            "--overwrite begins again"
+        )
 
 
 def shards(listing: pa.Table, n_rows: int) -> Iterator[pa.Table]:

@@ -66,7 +66,7 @@ def _smear(seed: int, patient: int) -> _Smear:
         haemoglobin=between((0.22, 0.28, 0.09), (0.14, 0.30, 0.15), 0.07)
         * np.float32(rng.uniform(0.75, 1.5)),
         chromatin=between((0.24, 1.75, 0.16), (0.26, 1.75, 0.34), 0.10),
-        dirt=between((0.70, 0.75, 0.15), (0.60, 0.80, 0.30), 0.10),
+        dirt=between((0.50, 0.80, 0.15), (0.40, 0.85, 0.30), 0.12),
         radius=rng.uniform(58, 70),
         pallor=rng.beta(1.2, 3.0),
         rim=rng.uniform(2.0, 7.0),
@@ -131,18 +131,18 @@ def _paint_dirt(rng: np.random.Generator, dirt: Map, chromatin: Map, depth: Map,
     if rng.random() < 0.10:  # a smudge
         radii, turn = rng.uniform((8, 2), (18, 5)), rng.uniform(0, 180)
         _ellipse(dirt, _place(rng, depth, 8), radii, rng.uniform(0.1, 0.5), turn=turn)
-    if rng.random() < 0.15:  # a platelet lying on the cell: a pale purple body with darker grains
+    if rng.random() < 0.2:  # a platelet lying on the cell: a pale purple body with darker grains
         centre, radii = _place(rng, depth, 6), rng.uniform(6, 11, 2)
-        _ellipse(chromatin, centre, radii, rng.uniform(0.12, 0.4))
+        _ellipse(chromatin, centre, radii, rng.uniform(0.15, 0.5))
         for grain in rng.normal(centre, radii.min() / 2.5, (rng.integers(4, 12), 2)):
             _ellipse(chromatin, grain, np.full(2, rng.uniform(1, 2)), rng.uniform(0.3, 0.8))
 
 
 def _paint_parasites(rng: np.random.Generator, haemoglobin: Map, chromatin: Map, depth: Map) -> None:
     """Adds one to three rings (cytoplasm around a paler vacuole) or trophozoites, with chromatin dots."""
-    strength = 1.2 - 0.8 * rng.beta(1.2, 4)  # of all in a cell: a pale stain or young rings
-    for _ in range(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])):
-        size, turn, cytoplasm = rng.uniform(10, 20), rng.uniform(0, 360), 0.35 * strength
+    strength = 1.15 - 0.8 * rng.beta(1.3, 3.5)  # of all in a cell: a pale stain or young rings
+    for _ in range(rng.choice([1, 2, 3], p=[0.8, 0.15, 0.05])):
+        size, turn, cytoplasm = rng.uniform(8, 17), rng.uniform(0, 360), 0.30 * strength
         centre, radii = _place(rng, depth, rng.choice([6, 12])), size * rng.uniform((0.7, 0.5), (1, 1))
         if rng.random() < 0.65:  # a ring, often open
             x, y = centre.astype(int)

@@ -55,6 +55,8 @@ class TrainingPlan:
     n_threads: int
     train: Examples
     val: Examples
+    news: Any
+    """`ray.util.queue.Queue` that takes lines for the user, from rank 0."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def train_worker(plan: TrainingPlan) -> None:
         history.append(row)
         callbacks.on_epoch_end(epoch - 1, dict(row))
         if rank == 0:
-            _say(
+            plan.news.put(
                 f"epoch {epoch}/{plan.epochs}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
                 f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, val_roc_auc {row['val_roc_auc']:.4f}, "
                 f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
@@ -227,7 +229,7 @@ def _run_epoch(
             spoken = time.monotonic()
             rate = n_done / (spoken - begun)
             left = (len(plan.train) - n_done) / rate
-            _say(f"epoch {epoch}/{plan.epochs} step {step}/{n_steps}: {rate:.1f} images/s, {left:.0f} s left in the epoch")
+            plan.news.put(f"epoch {epoch}/{plan.epochs} step {step}/{n_steps}: {rate:.1f} images/s, {left:.0f} s left in the epoch")
     return sums
 
 
@@ -279,6 +281,3 @@ def _report(model: Any, row: dict[str, Any], history: list[dict[str, Any]], *, i
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(row, checkpoint=checkpoint)
 
-
-def _say(line: str) -> None:
-    print(line, flush=True)  # a worker's stdout reaches the driver's terminal through Ray

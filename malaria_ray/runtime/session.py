@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.exceptions
 from ray.data import DataContext
 
-from malaria_ray.errors import ConfigError
+from malaria_ray.errors import ConfigError, MalariaRayError
+
+log = logging.getLogger("malaria_ray")
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Joins or starts Ray; ends what it started. A session that is already there (a test's, a job's) is used and left."""
-    if ray.is_initialized():
-        _configure_data()
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    # Workers warn about the accelerator override of GPU-less tasks with every start; the default changes in a later Ray.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING)
-        else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"RAY_ADDRESS={address}" if address else "a local Ray"
-        raise ConfigError(f"{where} could not be reached: {error}; unset RAY_ADDRESS to run on this machine") from error
+    """Joins or starts Ray; ends what it started. A session that is already there (a test's, a job's) is used and left.
+
+    Raises: `ConfigError` where the cluster cannot be reached; a `MalariaRayError` of a task or actor as it was raised there.
+    """
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _start()
     try:
         _configure_data()
         yield
+    except ray.exceptions.RayError as error:
+        if (cause := _own_error(error)) is not None:
+            raise cause from error
+        raise
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def n_cpus() -> int:
@@ -44,12 +42,37 @@ def n_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def _start() -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    is_debug = log.isEnabledFor(logging.DEBUG)
+    level = logging.INFO if is_debug else logging.ERROR
+    for name in ("ray", "ray.data", "ray.train"):  # what matters is said by the stages, in images and patients
+        logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every start warns that its default will change
+    options = {"logging_level": level, "log_to_driver": is_debug}
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            ray.init(address="local", include_dashboard=False, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"RAY_ADDRESS={address}" if address else "a local Ray"
+        raise ConfigError(f"{where} could not be reached: {error}; unset RAY_ADDRESS to run on this machine") from error
+
+
 def _configure_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own progress counts images, not blocks
     context.use_datasource_v2 = False  # 0.3 s instead of 17-27 s for a small Parquet (STACK.md)
     context.print_on_execution_start = False
-    if not sys.stderr.isatty():
-        context.enable_rich_progress_bars = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _own_error(error: BaseException | None) -> MalariaRayError | None:
+    """The error of ours that a chain of Ray's wrappers holds; None where there is none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MalariaRayError) and not isinstance(error, ray.exceptions.RayError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

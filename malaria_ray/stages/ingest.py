@@ -21,12 +21,12 @@ from upath import UPath
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
+from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import crop_pixels, read_cells
 from malaria_ray.cells.images import PREPROCESSING, Pixels
-from malaria_ray.cells.patients import compiled_pattern, parse_mapping, patient_of
 from malaria_ray.cells.splits import SplitBy, assign_splits
-from malaria_ray.errors import ArchiveError, ConfigError, PatientMappingError, TooManyBadImagesError
+from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.progress import progress
 from malaria_ray.runtime.session import ray_session
@@ -78,24 +78,20 @@ def run(config: Config) -> None:
     archive = open_archive(config.archive)
     if isinstance(archive, DatasetArchive):
         raise ArchiveError(f"{config.archive} is a dataset already; ingest reads archives of image files")
-    mapping_files = {url: _read_text(url) for url in config.patients}
+    rule = patient_rule(config.patients, config.patient_pattern)
     identity = {
         **archive.identity(),
         "image_size": config.image_size,
         "preprocessing": PREPROCESSING,
-        "patients": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in mapping_files.values()],
-        "patient_pattern": config.patient_pattern,
+        **rule.identity,
     }
     if not outputs.prepare(dataset, stage="ingest", config=config, identity=identity, overwrite=config.overwrite):
         log.info("%s is finished; nothing to do (--overwrite makes it anew)", dataset)
         print_summary(storage.read_json(dataset / "summary.json"))
         return
 
-    pattern = compiled_pattern(config.patient_pattern) if config.patient_pattern else None
-    pairs = [pair for url, text in mapping_files.items() for pair in parse_mapping(text, source=url)]
-    patients = {name: patient_of(key, pattern) for name, key in pairs}
-    listing = list_archive(archive, patients=patients, pattern=pattern)
-    _check_same_listing(dataset / outputs.WORK, listing)
+    listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
+    check_same_listing(dataset / outputs.WORK, listing)
     log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")
     listed = time.monotonic()
     with ray_session():
@@ -125,25 +121,6 @@ def run(config: Config) -> None:
     )
     print_summary(summary)
     log.info("dataset: %s", dataset)
-
-
-def _read_text(url: str) -> str:
-    try:
-        return storage.locate(url).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PatientMappingError(f"--patients {url} cannot be read: {error}") from error
-
-
-def _check_same_listing(work: UPath, listing: pa.Table) -> None:
-    """A resumed run must find the archive that the first one found."""
-    file, now = work / "listing.json", {"n_files": listing.num_rows, "digest": listing_digest(listing)}
-    if not file.exists():
-        storage.write_json(file, now)
-    elif (was := storage.read_json(file)) != now:
-        raise ArchiveError(
-            f"the archive changed since this dataset was begun: {was['n_files']:,} files then, {now['n_files']:,} now, or others; "
-            "--overwrite begins again"
-        )
 
 
 def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +17,8 @@ import pandas as pd
 import pyarrow as pa
 import ray
 import ray.train
-from ray.train.tensorflow import TensorflowTrainer
+from ray.train.tensorflow import TensorflowTrainer  # loads TensorFlow here too: Ray's package does
+from ray.util.queue import Queue
 from tyro.conf import Positional
 from upath import UPath
 
@@ -122,8 +126,10 @@ def run(config: Config) -> None:
             n_threads=n_threads,
             train=examples[Split.train],
             val=examples[Split.val],
+            news=Queue(actor_options={"num_cpus": 0}),
         )
-        result = _fit(plan, path, config.num_workers)
+        with _news(plan.news):
+            result = _fit(plan, path, config.num_workers)
         trained = time.monotonic()
         history, best = _history(result)
         exported = _export(best, examples[Split.val], n_threads)
@@ -163,17 +169,18 @@ def run(config: Config) -> None:
 
 
 def _cells(dataset: UPath) -> pd.DataFrame:
-    """One row per crop: image_id, label, patient_id, and where it lies, `part` (index) and `row`."""
+    """One row per crop: image_id, label, patient_id, content_digest, and where it lies, `part` (index) and `row`."""
+    columns = ["image_id", "label", "patient_id", "content_digest"]
     tables = []
     for index, part in enumerate(storage.parts(dataset / "crops")):
-        cells = storage.read_table(part, columns=["image_id", "label", "patient_id"]).to_pandas()
+        cells = storage.read_table(part, columns=columns).to_pandas()
         tables.append(cells.assign(part=index, row=np.arange(len(cells))))
-    empty = pd.DataFrame(columns=["image_id", "label", "patient_id", "part", "row"])
+    empty = pd.DataFrame(columns=[*columns, "part", "row"])
     return pd.concat(tables, ignore_index=True) if tables else empty
 
 
 def _splits_table(cells: pd.DataFrame, splits: pd.Series) -> pa.Table:
-    table = cells[["image_id", "patient_id", "label"]].assign(split=splits).sort_values("image_id")
+    table = cells.assign(split=splits)[SPLITS.names].sort_values("image_id")
     return pa.Table.from_pandas(table, schema=SPLITS.arrow_schema(), preserve_index=False)
 
 
@@ -229,6 +236,28 @@ def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
         causes = [cause for cause in getattr(error, "worker_failures", {}).values()]
         cause = next((c for c in causes if isinstance(_cause(c), MalariaRayError)), causes[0] if causes else error)
         raise TrainingError(f"training stopped: {_cause(cause)}; run the same command again to go on from the last checkpoint") from error
+
+
+@contextmanager
+def _news(queue: Queue) -> Iterator[None]:
+    """Logs what the workers say while they train; their own output is left in Ray's logs."""
+    is_over = threading.Event()
+
+    def listen() -> None:
+        while not is_over.wait(1.0):
+            while not queue.empty():
+                log.info("%s", queue.get())
+
+    listener = threading.Thread(target=listen, name="news", daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        listener.join()
+        while not queue.empty():
+            log.info("%s", queue.get())
+        queue.shutdown()
 
 
 def _cause(error: BaseException) -> BaseException:

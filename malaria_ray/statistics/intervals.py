@@ -1,12 +1,12 @@
 """How sure a number is: intervals by bootstrap over patients, and Wilson's for one patient's share.
 
-The cells of one patient share blood, stain and microscope and are not independent, so whole patients are drawn
-with replacement (Rutter 2000, Bootstrap estimation of diagnostic accuracy with patient-clustered data).
+The cells of one patient share blood, stain and microscope and are not independent, so whole patients are
+drawn with replacement (Rutter 2000, Bootstrap estimation of diagnostic accuracy with patient-clustered data).
 `label`, `score` and `threshold` are as in `statistics.metrics`; `patient` is (n,) of patient ids.
 
-The resamples give the standard error, and the interval is a t interval on the logit of the metric (the log for log
-loss): it stays in the metric's range and is skewed as the distribution of rates near 0 and 1 is.
-?? coverage
+The resamples give the standard error, and the interval is a t interval on the logit of the metric (the log
+for log loss): it stays in the metric's range and is skewed as the distribution of rates near 0 and 1 is. ??
+coverage
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ Interval = tuple[float, float]
 MAX_UNDEFINED = 0.05
 """Largest share of resamples in which a metric may be undefined, a class not being drawn, say."""
 
+ROUNDING = 1e-12
+"""A standard error up to this is what rounding leaves of resamples that all agree."""
+
 _NO_INTERVAL: Interval = (np.nan, np.nan)
 _CLASS_OF = {
     "sensitivity": Label.parasitized,
@@ -57,13 +60,14 @@ def bootstrap_over_patients(
 ) -> dict[str, Interval]:
     """Interval of each metric of `metrics.cell_metrics`, in the metric's unit; does not depend on row order.
 
-    Resample r is drawn from the sorted patients by `default_rng([seed, r])`. Both ends are NaN where no honest
-    interval can be had: for counts; with fewer than two patients (of its class for sensitivity and specificity,
-    of each class that occurs for the rest); where any cell has no patient; where the metric is undefined for these
-    cells or for more than 5 % of the resamples; and where it is the same in all, as a sensitivity of 1 is.
+    Resample r is drawn from the sorted patients by `default_rng([seed, r])`. Both ends are NaN where no
+    honest interval can be had: for counts; with fewer than two patients (of its class for sensitivity and
+    specificity, of each class that occurs for the rest); where any cell has no patient; where the metric is
+    undefined for these cells or for more than 5 % of the resamples; and where it is the same in all, as a
+    sensitivity of 1 is.
 
-    The interval of `expected_calibration_error` is for that error as estimated from so many cells, which is too
-    large: in bins with few cells chance looks like bad calibration.
+    The interval of `expected_calibration_error` is for that error as estimated from so many cells, which is
+    too large: in bins with few cells chance looks like bad calibration.
 
     On one core 1,000 resamples take ?? s for 30,000 cells and ?? s for a million, whose memory is ?? MB.
 
@@ -96,9 +100,9 @@ def paired_bootstrap_over_patients(
 ) -> dict[str, Interval]:
     """Interval of each metric of `score` minus that of `other_score`, from two models on the same cells.
 
-    Both models see the same resamples, so what makes a patient hard for both cancels out. The interval is a plain
-    t interval. NaN as in `bootstrap_over_patients`, so also where the difference is the same in all resamples.
-    Raises as that does.
+    Both models see the same resamples, so what makes a patient hard for both cancels out. The interval is a
+    plain t interval. NaN as in `bootstrap_over_patients`, so also where the difference is the same in all
+    resamples. Raises as that does.
     """
     labels, scores = check_cells(label, score)
     _, other_scores = check_cells(label, other_score)
@@ -123,17 +127,18 @@ def paired_bootstrap_over_patients(
 
 
 def wilson(k: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Lower and upper ends of Wilson's interval for the share k / n, float64 in 0..1, shaped as k and n broadcast.
+    """Lower and upper ends of Wilson's interval for the share k / n, float64 in 0..1, k and n broadcast.
 
-    k, n are counts, 0 <= k <= n; n = 0 gives NaN. The trials are taken to be independent. Wilson 1927, Probable
-    inference, the law of succession, and statistical inference; without continuity correction.
+    k, n are counts, 0 <= k <= n; n = 0 gives NaN. The trials are taken to be independent. Wilson 1927,
+    Probable inference, the law of succession, and statistical inference; without continuity correction.
 
     Raises DatasetError for counts out of range, ConfigError for a confidence outside 0..1.
     """
     _check_confidence(confidence)
     hits, trials = np.broadcast_arrays(np.asarray(k, dtype=np.float64), np.asarray(n, dtype=np.float64))
-    if not np.all((hits >= 0) & (hits <= trials)):
-        raise DatasetError(f"k is {k!s}, n is {n!s}: allowed is 0 <= k <= n")
+    bad = ~((hits >= 0) & (hits <= trials))
+    if bad.any():
+        raise DatasetError(f"k is {hits[bad][0]:g} of n {trials[bad][0]:g}: allowed is 0 <= k <= n")
     z = float(ndtri((1 + confidence) / 2))
     with np.errstate(invalid="ignore", divide="ignore"):
         share = hits / trials
@@ -146,7 +151,7 @@ def wilson(k: ArrayLike, n: ArrayLike, confidence: float = 0.95) -> tuple[Floats
 
 
 def patient_codes(patient: ArrayLike) -> tuple[Integers, NDArray[np.object_]]:
-    """(n,) int64, the rank of each cell's patient among the sorted ids, -1 where null; and the (p,) sorted ids."""
+    """(n,) int64, the rank of each cell's patient among the sorted ids, -1 for null; (p,) the sorted ids."""
     codes, ids = pd.factorize(pd.Series(patient, dtype=object), sort=True)
     return codes.astype(np.int64), np.asarray(ids, dtype=object)
 
@@ -174,8 +179,8 @@ def _half_widths(
 ) -> dict[str, float]:
     """Half the width of the t interval of each metric; NaN where there is none.
 
-    The degrees of freedom are one less than the patients that a metric is learnt from: those with cells of its
-    class, else of the class that fewer patients have.
+    The degrees of freedom are one less than the patients that a metric is learnt from: those with cells of
+    its class, else of the class that fewer patients have.
     """
     n_patients = {int(value): len(np.unique(patient[label == value])) for value in np.unique(label)}
     fewest = min(n_patients.values())
@@ -190,15 +195,14 @@ def _half_widths(
 def _standard_error(resampled: Floats, n_patients: int) -> float:
     """Standard deviation over the resamples; NaN where too many are undefined, or none differs from another.
 
-    Of n patients drawn with replacement it is too small by √((n - 1) / n) (Hesterberg 2015, What teachers should
-    know about the bootstrap), which the factor undoes.
+    Of n patients drawn with replacement it is too small by √((n - 1) / n) (Hesterberg 2015, What teachers
+    should know about the bootstrap), which the factor undoes.
     """
     defined = resampled[~np.isnan(resampled)]
     if len(defined) < (1 - MAX_UNDEFINED) * len(resampled):
         return np.nan
     error = float(np.std(defined, ddof=1))
-    rounding = 1e-12 * float(np.abs(defined).max())
-    return error * float(np.sqrt(n_patients / (n_patients - 1))) if error > rounding else np.nan
+    return error * float(np.sqrt(n_patients / (n_patients - 1))) if error > ROUNDING else np.nan
 
 
 def _in_range(name: str, value: float, half_width: float) -> Interval:

@@ -5,8 +5,8 @@ Throughout the module n is the number of cells and
     score      (n,) float32 or float64 in 0..1, P(parasitized), no NaN
     threshold  a cell is called parasitized where `score >= threshold`, compared in the scores' own type: a
                float32 score of 0.7 reaches a threshold of 0.7, as in the column `predicted_label`
-NumPy arrays, pandas Series and lists are taken alike. What is undefined (a rate with nothing to divide by, ROC
-AUC of one class) is NaN, where scikit-learn gives 0 and warns.
+NumPy arrays, pandas Series and lists are taken alike. What is undefined (a rate with nothing to divide by,
+ROC AUC of one class) is NaN, where scikit-learn gives 0 and warns.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ def cell_metrics(label: ArrayLike, score: ArrayLike, *, threshold: float) -> dic
     """All metrics of one set of cells by name, parasitized being the positive class.
 
     Counts are in cells, rates in 0..1, Matthews correlation in -1..1, log loss in nats.
-    `negative_predictive_value` and `specificity` stand also as `precision_uninfected` and `recall_uninfected`,
-    their names in a classification report; `…_weighted` averages over the two classes by their numbers of labels.
+    `negative_predictive_value` and `specificity` stand also as `precision_uninfected` and
+    `recall_uninfected`, their names in a classification report; `…_weighted` averages over the two classes by
+    their numbers of labels.
 
     `log_loss` clips the scores to [eps, 1 - eps] of their type, as scikit-learn does.
-    `expected_calibration_error` is Guo et al. 2017, On calibration of modern neural networks, eq. 3, over 15 bins
-    of equal width, applied to P(parasitized) and not to the confidence of the call (so Naeini et al. 2015).
-    `sensitivity_at_specificity_0.99` is the highest sensitivity of all thresholds whose specificity on these
-    cells is 0.99 or more, without interpolation: with fewer than 100 uninfected cells, without a false positive.
+    `expected_calibration_error` is Guo et al. 2017, On calibration of modern neural networks, eq. 3, over 15
+    bins of equal width, applied to P(parasitized) and not to the confidence of the call (so Naeini et al.
+    2015). `sensitivity_at_specificity_0.99` is the highest sensitivity of all thresholds whose specificity on
+    these cells is 0.99 or more, without interpolation: with fewer than 100 uninfected cells, without a false
+    positive.
 
     Raises DatasetError for bad labels or scores, ConfigError for a threshold outside 0..1.
     """
@@ -58,8 +60,8 @@ def cell_metrics(label: ArrayLike, score: ArrayLike, *, threshold: float) -> dic
 def roc_curve(label: ArrayLike, score: ArrayLike) -> pd.DataFrame:
     """Columns threshold (falling, from infinity), false_positive_rate and sensitivity; at most 1,000 rows.
 
-    Each row is an operating point of scikit-learn's `roc_curve`; a point that was left out lies at most 0.003 from
-    one that stands. No rows where a class has no cells. Raises DatasetError for bad labels or scores.
+    Each row is an operating point of scikit-learn's `roc_curve`; a point that was left out lies at most 0.003
+    from one that stands. No rows where a class has no cells. Raises DatasetError for bad labels or scores.
     """
     threshold, true_positives, false_positives = _operating_points(*check_cells(label, score))
     columns = ["threshold", "false_positive_rate", "sensitivity"]
@@ -94,9 +96,10 @@ def calibration_curve(
 ) -> pd.DataFrame:
     """Columns score_low, score_high, n, mean_score, observed_share; one row for each bin that has cells.
 
-    The bins are of equal width and hold the scores in (score_low, score_high], the first also 0; `observed_share`
-    is the share of the bin's n cells that are labelled parasitized. `mean_score` and `observed_share` are
-    scikit-learn's `prob_pred` and `prob_true`. Raises DatasetError for bad labels or scores.
+    The bins are of equal width and hold the scores in (score_low, score_high], the first also 0;
+    `observed_share` is the share of the bin's n cells that are labelled parasitized. `mean_score` and
+    `observed_share` are scikit-learn's `prob_pred` and `prob_true`. Raises DatasetError for bad labels or
+    scores.
     """
     labels, scores = check_cells(label, score)
     bin_of_cell = _calibration_bin(scores, n_bins)
@@ -117,8 +120,8 @@ def calibration_curve(
 def check_cells(label: ArrayLike, score: ArrayLike) -> tuple[Integers, NDArray[np.floating[Any]]]:
     """`label` as (n,) int64 and `score` as (n,) float32 where it was that, else float64.
 
-    Raises DatasetError with the first bad row, counted from 0: lengths differ, no cells, a label that is null or
-    neither 0 nor 1, a score that is null or outside 0..1.
+    Raises DatasetError with the first bad row, counted from 0: lengths differ, no cells, a label that is null
+    or neither 0 nor 1, a score that is null or outside 0..1.
     """
     scores = check_scores(score)
     labels = check_labels(label)
@@ -127,18 +130,13 @@ def check_cells(label: ArrayLike, score: ArrayLike) -> tuple[Integers, NDArray[n
 
 
 def check_labels(label: ArrayLike, *, nullable: bool = False) -> Floats:
-    """`label` as (n,) float64 of 0, 1 and, where nullable, NaN. DatasetError with the first row of anything else."""
+    """`label` as (n,) float64 of 0, 1 and, where nullable, NaN; DatasetError names the first other."""
     labels = _numbers(label, "label")
-    allowed = "0 (uninfected) or 1 (parasitized)"
+    bad = ~np.isin(labels, (0, 1))
     if nullable:
-        _refuse(
-            ~np.isin(labels, (0, 1)) & pd.Series(label).notna().to_numpy(),
-            label,
-            "label",
-            f"{allowed} or null",
-        )
-    else:
-        _refuse(~np.isin(labels, (0, 1)), label, "label", f"{allowed}; leave unlabelled cells out")
+        bad &= pd.Series(label).notna().to_numpy()
+    otherwise = "or null" if nullable else "with unlabelled cells left out"
+    _refuse(bad, label, "label", f"0 (uninfected) or 1 (parasitized), {otherwise}")
     return labels
 
 
@@ -172,9 +170,10 @@ class ScoredCells:
     n cells, p patients, g distinct scores.
         label          (n,) int64, 0 or 1
         patient        (n,) int64, 0..p-1
-        last_of_score  (g,) int64, the last cell of each distinct score; cells of one score are never told apart
-        sums           (p, 6 + 15) float64, for each patient: true negatives, false positives, false negatives,
-                       true positives, squared error, log loss, and score - label in each calibration bin
+        last_of_score  (g,) int64, the last cell of each distinct score; equal scores are never told apart
+        sums           (p, 6 + 15) float64, for each patient: true negatives, false positives, false
+                       negatives, true positives, squared error, log loss, and in each calibration bin the
+                       score minus the label
     """
 
     label: Integers
@@ -186,10 +185,10 @@ class ScoredCells:
 def tabulate(
     label: Integers, score: NDArray[np.floating[Any]], patient: Integers, threshold: float
 ) -> ScoredCells:
-    """The table that `weighted_metrics` needs, of cells that `check_cells` passed; `patient` is (n,) int64, 0..p-1.
+    """The table that `weighted_metrics` needs, from cells that `check_cells` passed.
 
-    The rows are put into one order first, so that not even the last bit of a sum depends on the order given.
-    Raises ConfigError for a threshold outside 0..1.
+    `patient` is (n,) int64 with each of 0..p-1. The rows are put into one order first, so that not even the
+    last bit of a sum depends on the order given. Raises ConfigError for a threshold outside 0..1.
     """
     order = np.lexsort((label, patient, -score))
     label, score, patient = label[order], score[order], patient[order]
@@ -212,7 +211,7 @@ def weighted_metrics(cells: ScoredCells, weights: Iterable[Integers]) -> dict[st
 
 
 def _numbers(values: ArrayLike, name: str) -> Floats:
-    """(n,) float64, NaN for nulls of any kind and for what is no number. DatasetError unless one-dimensional."""
+    """(n,) float64, NaN for nulls of any kind and what is no number. DatasetError unless one-dimensional."""
     shape = np.shape(values)
     if len(shape) != 1:
         raise DatasetError(f"{name} has shape {shape}: allowed is one dimension, (n,)")
@@ -234,7 +233,7 @@ def _last_of_score(descending: NDArray[np.floating[Any]]) -> Integers:
 
 
 def _operating_points(label: Integers, score: NDArray[np.floating[Any]]) -> tuple[Floats, Integers, Integers]:
-    """(g + 1,) thresholds, true and false positives, one for each distinct score after one that calls nothing."""
+    """(g + 1,) thresholds, true and false positives: one that calls nothing, then each distinct score."""
     order = np.argsort(-score, kind="stable")
     last = _last_of_score(score[order])
     true_positives = np.append(0, np.cumsum(label[order])[last])
@@ -243,7 +242,7 @@ def _operating_points(label: Integers, score: NDArray[np.floating[Any]]) -> tupl
 
 
 def _evenly_along(x: Floats, y: Floats) -> Integers:
-    """Indices of at most MAX_CURVE_POINTS points of a curve, with both ends, evenly spaced along its length."""
+    """Indices of at most MAX_CURVE_POINTS points of a curve, with both ends and evenly along its length."""
     if len(x) <= MAX_CURVE_POINTS:
         return np.arange(len(x))
     length = np.append(0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
@@ -272,8 +271,8 @@ def _sums_by_patient(
 
 
 def _rank_sums(cells: ScoredCells, weight: Integers) -> Floats:
-    """(6,): parasitized cells, uninfected cells, twice the area under the ROC curve in pairs of cells, the area
-    under the precision-recall curve in cells, and the true positives at each of the two specificities."""
+    """(6,): parasitized and uninfected cells; twice the area under the ROC curve, in pairs of cells; the area
+    under the precision-recall curve, in cells; the true positives at each of the two specificities."""
     weights = weight[cells.patient]
     called = np.cumsum(weights)[cells.last_of_score]
     true_positives = np.cumsum(weights * cells.label)[cells.last_of_score]
@@ -306,7 +305,8 @@ def _metrics_of_sums(sums: Floats) -> dict[str, Floats]:
         # A class without cells has weight 0, and 0 × NaN must not hide the other.
         uninfected_part = np.where(uninfected > 0, uninfected * of_uninfected, 0.0)
         parasitized_part = np.where(parasitized > 0, parasitized * of_parasitized, 0.0)
-        return (uninfected_part + parasitized_part) / n
+        mean: Floats = (uninfected_part + parasitized_part) / n
+        return mean
 
     return {
         **dict(zip(COUNTS, (tp, fp, tn, fn), strict=True)),
@@ -347,4 +347,6 @@ def _metrics_of_ranks(ranks: Floats) -> dict[str, Floats]:
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+    undefined = np.full(numerator.shape, np.nan)
+    ratio: Floats = np.divide(numerator, denominator, out=undefined, where=denominator > 0)
+    return ratio

@@ -1,9 +1,9 @@
 """What the calls of a patient's cells say about the patient.
 
-The fraction of crops called parasitized is not parasitaemia: an archive of crops does not hold every cell of a smear,
-and a class-balanced one holds far more parasitized cells than blood does. For the same reason the patient-level ROC AUC
-of such an archive says little about screening: its infected patients were given their fraction by whoever chose
-the crops.
+The fraction of crops called parasitized is not parasitaemia: an archive of crops does not hold every cell of
+a smear, and a class-balanced one holds far more parasitized cells than blood does. For the same reason the
+patient-level ROC AUC of such an archive says little about screening: its infected patients were given their
+fraction by whoever chose the crops.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def patient_counts(
     """The columns of `schema.PATIENTS`, one row per patient, sorted by patient_id.
 
     patient_id  (n,) of strings; cells without one (null) are left out
-    label       (n,) of 0, 1 or null. A patient is 1 with any cell of label 1, 0 where all cells are 0, else null
+    label       (n,) of 0, 1 or null. A patient is 1 with any cell of 1, 0 where all are 0, else null
     score       (n,) float32 or float64 in 0..1; a cell is called parasitized where `score >= threshold`
 
-    `ci_low` and `ci_high` are Wilson's interval of `parasitized_fraction`, for the crops of this patient alone.
+    `ci_low` and `ci_high` are Wilson's interval of `parasitized_fraction`, for the crops of this patient
+    alone.
 
     Raises DatasetError for bad labels, scores or lengths, ConfigError for a flag out of range.
     """
@@ -75,9 +76,9 @@ def patient_metrics(patients: pd.DataFrame) -> dict[str, float]:
     """How well `parasitized_fraction` tells labelled patients apart, from a table of `patient_counts`.
 
     `n_patients_parasitized` and `n_patients_uninfected` count the patients with a label; `roc_auc` and
-    `average_precision` take the fraction as the score of a patient. An uninfected patient's fraction is that patient's
-    false positive rate: its mean, standard deviation (n - 1) and maximum over these patients are the noise
-    above which an infection must stand out. NaN where undefined: no patients, or one class only.
+    `average_precision` take the fraction as the score of a patient. An uninfected patient's fraction is that
+    patient's false positive rate: its mean, standard deviation (n - 1) and maximum over these patients are
+    the noise above which an infection must stand out. NaN where undefined: no patients, or one class only.
 
     Intervals: `intervals.bootstrap_over_patients` of the labelled patients with the fraction as score.
     """

@@ -1,0 +1,90 @@
+"""The engines that score a batch: ONNX Runtime on `model.onnx`, Keras on `model.keras`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from malaria_ray.cells.images import Pixels
+from malaria_ray.errors import ModelError
+
+EngineName = Literal["onnx", "keras"]
+MODEL_FILE: dict[EngineName, str] = {"onnx": "model.onnx", "keras": "model.keras"}
+
+Scores = npt.NDArray[np.float32]
+
+
+class Engine(Protocol):
+    def score(self, pixels: Pixels) -> Scores:
+        """P(parasitized) of each image: uint8 (n, size, size, 3), RGB, 0..255 → float32 (n,), 0..1."""
+
+
+def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int) -> Engine:
+    """The engine `name` on the content of its model file; it computes with `n_threads` threads, `batch_size` images at a time."""
+    return (OnnxEngine if name == "onnx" else KerasEngine)(model, n_threads=n_threads, batch_size=batch_size)
+
+
+class OnnxEngine:
+    """ONNX Runtime: starts in well under a second, scores twice as fast as Keras on CPUs, needs no TensorFlow."""
+
+    def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = n_threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base of their own
+            raise ModelError(f"model.onnx cannot be loaded: {error}") from error
+        self._input = self._session.get_inputs()[0].name
+        self._batch_size = batch_size
+
+    def score(self, pixels: Pixels) -> Scores:
+        return _in_batches(lambda batch: self._session.run(None, {self._input: batch})[0], pixels, self._batch_size)
+
+
+class KerasEngine:
+    """Keras' own prediction, on whatever backend and device Keras is set to. Loaded in safe mode: no code from the file runs."""
+
+    def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
+        import keras
+
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            tf.config.threading.set_intra_op_parallelism_threads(n_threads)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.keras"
+            file.write_bytes(model)
+            try:
+                self._model = keras.saving.load_model(file, compile=False, safe_mode=True)
+            except (ValueError, OSError) as error:
+                raise ModelError(f"model.keras cannot be loaded: {error}") from error
+        self._batch_size = batch_size
+
+    def score(self, pixels: Pixels) -> Scores:
+        return _in_batches(self._model.predict_on_batch, pixels, self._batch_size)
+
+
+def _in_batches(predict: Any, pixels: Pixels, batch_size: int) -> Scores:
+    """Scores `batch_size` images at a time, the last batch padded: one shape only, so no score depends on its batch.
+
+    Raises: `ModelError` where a score is no number in 0..1.
+    """
+    scores = np.empty(len(pixels), np.float32)
+    for start in range(0, len(pixels), batch_size):
+        batch = pixels[start : start + batch_size]
+        n = len(batch)
+        if n < batch_size:
+            batch = np.concatenate([batch, np.zeros((batch_size - n, *batch.shape[1:]), np.uint8)])
+        scores[start : start + n] = np.asarray(predict(batch)).reshape(-1)[:n]
+    if not ((scores >= 0) & (scores <= 1)).all():
+        bad = scores[~((scores >= 0) & (scores <= 1))]
+        raise ModelError(f"the model gave {len(bad)} of {len(scores)} scores outside 0..1, {bad[0]} the first; train it anew")
+    return scores

@@ -1,0 +1,174 @@
+"""evaluate: the predictions of a results directory become metrics and a table of patients."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table as RichTable
+from tyro.conf import Positional
+from upath import UPath
+
+from malaria_ray.errors import ConfigError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.schema import METRICS, PATIENTS, RESEARCH_ONLY, Label, Split
+from malaria_ray.statistics.intervals import bootstrap_over_patients
+from malaria_ray.statistics.metrics import cell_metrics
+from malaria_ray.statistics.patients import patient_counts, patient_metrics
+
+log = logging.getLogger("malaria_ray")
+
+UNSEEN = "unseen"
+"""Split of images that the run knew nothing of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Computes metrics with intervals where the images have labels, and what was counted for each patient."""
+
+    results: Positional[str]
+    """Directory made by 'malaria-ray screen'."""
+    n_resamples: int = 1000
+    """Resamples of the bootstrap over patients."""
+    seed: int = 42
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        if self.n_resamples < 100:
+            raise ConfigError(f"--n-resamples {self.n_resamples}: at least 100 are needed for a 95 % interval")
+
+
+def run(config: Config) -> None:
+    """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there already."""
+    results = storage.locate(config.results)
+    success = outputs.check_complete(results, "screen")
+    marker = results / "metrics" / outputs.SUCCESS
+    identity = {
+        "predictions": {name: record["sha256"] for name, record in success["files"].items() if name.startswith("predictions/")},
+        "threshold": success["threshold"],
+        "n_resamples": config.n_resamples,
+        "seed": config.seed,
+    }
+    if marker.exists() and storage.read_json(marker)["identity"] == identity:
+        log.info("%s is evaluated; nothing to do", results)
+    else:
+        storage.remove(marker)
+        files = _evaluate(config, results, success)
+        storage.write_json(marker, {"identity": identity, "files": files})
+    _print_report(
+        storage.read_table(results / "metrics").to_pandas(), storage.read_table(results / "patients").to_pandas(), success
+    )
+
+
+def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[str, storage.FileRecord]:
+    predictions = storage.read_table(results / "predictions").to_pandas()
+    threshold = float(success["threshold"])
+    patients = patient_counts(predictions["patient_id"], predictions["label"], predictions["score"], threshold=threshold)
+    rows: list[dict[str, Any]] = []
+    labelled = predictions[predictions["label"].notna()]
+    for split, cells in labelled.groupby(split_of(labelled, results)):
+        rows += _metric_rows(cells, str(split), threshold=threshold, config=config)
+    metrics = pd.DataFrame(rows, columns=METRICS.names).assign(model=success["model"])
+    return {
+        f"{folder}/{storage.part_name(0)}": storage.write_table(
+            results / folder / storage.part_name(0),
+            pa.Table.from_pandas(frame, schema=table.arrow_schema(), preserve_index=False),
+        )
+        for folder, table, frame in (("metrics", METRICS, metrics), ("patients", PATIENTS, patients))
+    }
+
+
+def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
+    """Split of each prediction in the run that scored it: train, val, test, or `unseen`.
+
+    Images are recognised by their content, so a folder and a zip of the same files are the same images. Bytes that stand in several
+    splits count by their name, else as the split that the model saw most of: train before val before test.
+    """
+    splits = storage.read_table(results / "model" / "splits.parquet", columns=["image_id", "content_digest", "split"])
+    known = splits.to_pandas().assign(order=lambda table: table["split"].map({split.value: i for i, split in enumerate(Split)}))
+    by_digest = known.sort_values("order").drop_duplicates("content_digest").set_index("content_digest")["split"]
+    by_both = known.set_index(["image_id", "content_digest"])["split"]
+    both = pd.MultiIndex.from_frame(predictions[["image_id", "content_digest"]])
+    found = pd.Series(by_both.reindex(both).to_numpy(), index=predictions.index)
+    return found.fillna(predictions["content_digest"].map(by_digest)).fillna(UNSEEN).rename("split")
+
+
+def _metric_rows(cells: pd.DataFrame, split: str, *, threshold: float, config: Config) -> list[dict[str, Any]]:
+    """Rows of the metrics table for one split, by cell and by patient; the model's name is added by the caller."""
+    label, score = cells["label"].to_numpy(np.int64), cells["score"].to_numpy(np.float32)
+    values = cell_metrics(label, score, threshold=threshold)
+    intervals = bootstrap_over_patients(
+        label, score, cells["patient_id"], threshold=threshold, n_resamples=config.n_resamples, seed=config.seed
+    )
+    rows = _rows(values, intervals, split=split, level="cell", n=len(cells), threshold=threshold)
+    patients = patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold)
+    if len(patients):
+        of_patients = patient_metrics(patients)
+        rows += _rows(of_patients, {}, split=split, level="patient", n=len(patients), threshold=threshold)
+    return rows
+
+
+def _rows(
+    values: dict[str, float], intervals: dict[str, tuple[float, float]], *, split: str, level: str, n: int, threshold: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, value in values.items():
+        low, high = intervals.get(name, (math.nan, math.nan))
+        numbers = {"value": value, "ci_low": low, "ci_high": high}
+        rows.append(
+            {
+                "model": None,
+                "split": split,
+                "level": level,
+                "metric": name,
+                **{key: None if math.isnan(number) else number for key, number in numbers.items()},
+                "n": n,
+                "threshold": threshold,
+            }
+        )
+    return rows
+
+
+_SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "f1_weighted", "roc_auc")
+
+
+def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[str, Any]) -> None:
+    """What the article prints, by split: metrics, the classification report and the confusion matrix."""
+    console = Console()
+    cells = metrics[metrics["level"] == "cell"]
+    if cells.empty:
+        console.print("No image has a label, so there are no metrics; patients/ has what was counted for each patient.")
+    for split in [split for split in (*Split, UNSEEN) if (cells["split"] == split).any()]:
+        of_split = cells[cells["split"] == split].set_index("metric")
+        value = of_split["value"]
+        n_patients = metrics[(metrics["level"] == "patient") & (metrics["split"] == split)]["n"].max()
+        title = f"{success['model']} on {split}: {of_split['n'].iloc[0]:,} cells"
+        title += "" if pd.isna(n_patients) else f" of {int(n_patients)} patients"
+        table = RichTable("metric", "value", "95 % interval", title=title + (" (synthetic)" if success["is_synthetic"] else ""))
+        for name in _SHOWN:
+            table.add_row(name, _number(value[name]), _interval(of_split["ci_low"][name], of_split["ci_high"][name]))
+        console.print(table)
+        report = RichTable("class", "precision", "recall", "f1", "called uninfected", "called parasitized")
+        counts = [("n_true_negative", "n_false_positive"), ("n_false_negative", "n_true_positive")]
+        for label, suffix, (uninfected, parasitized) in zip(Label, ("_uninfected", ""), counts, strict=True):
+            recall = "recall_uninfected" if suffix else "sensitivity"
+            shown = (value[f"precision{suffix}"], value[recall], value[f"f1{suffix}"])
+            report.add_row(label.name, *map(_number, shown), f"{value[uninfected]:,.0f}", f"{value[parasitized]:,.0f}")
+        console.print(report)
+    console.print(f"{len(patients):,} patients in patients/; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}")
+
+
+def _number(value: float) -> str:
+    return "undefined" if pd.isna(value) else f"{value:.4f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if pd.isna(low) else f"{low:.4f} – {high:.4f}"
+
+

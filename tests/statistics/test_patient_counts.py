@@ -1,0 +1,158 @@
+"""What is counted for each patient, and how patients are told apart by it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from malaria_ray import schema
+from malaria_ray.errors import ConfigError, DatasetError
+from malaria_ray.statistics.intervals import bootstrap_over_patients
+from malaria_ray.statistics.patients import patient_counts, patient_metrics
+
+CELLS = pd.DataFrame(
+    [
+        # Rows of one patient need not stand together.
+        ("P2", 1, 0.9),
+        ("P1", 0, 0.1),
+        ("P2", 0, 0.5),  # on the threshold: called parasitized
+        ("C201", 0, 0.2),
+        ("P2", None, 0.1),  # P2 has a parasitized cell all the same
+        ("P1", None, 0.2),  # P1 may have one
+        (None, 1, 0.9),  # of no known patient
+        ("C201", 0, 0.8),
+    ],
+    columns=["patient_id", "label", "score"],
+)
+
+
+def counts(cells: pd.DataFrame, threshold: float = 0.5) -> pd.DataFrame:
+    return patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold)
+
+
+def test_counts_of_each_patient() -> None:
+    table = counts(CELLS)
+    assert table["patient_id"].tolist() == ["C201", "P1", "P2"]
+    assert table["label"].fillna(-1).tolist() == [0, -1, 1]
+    assert table["n_cells"].tolist() == [2, 2, 3]
+    assert table["n_parasitized"].tolist() == [1, 0, 2]
+    assert table["parasitized_fraction"].tolist() == pytest.approx([1 / 2, 0, 2 / 3])
+    # Wilson 1927, worked for 1 of 2, 0 of 2 and 2 of 3 with z = 1.96.
+    assert table["ci_low"].tolist() == pytest.approx([0.0945, 0, 0.2077], abs=5e-5)
+    assert table["ci_high"].tolist() == pytest.approx([0.9055, 0.6576, 0.9385], abs=5e-5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cells", [CELLS, CELLS[:1], CELLS[6:7]], ids=["many", "one", "no patient"])
+def test_the_table_is_that_of_the_schema(cells: pd.DataFrame) -> None:
+    table = counts(cells)
+    assert list(table) == schema.PATIENTS.names
+    arrow = pa.Table.from_pandas(table, schema=schema.PATIENTS.arrow_schema(), preserve_index=False)
+    assert len(arrow) == cells["patient_id"].nunique()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["P1", "P2", "C1", None]), st.sampled_from([0, 1, None]), st.integers(0, 8)
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_counts_equal_a_recount(cells: list[tuple[str | None, int | None, int]]) -> None:
+    ids, labels, eighths = zip(*cells, strict=True)
+    table = patient_counts(ids, labels, np.array(eighths) / 8, threshold=0.5)
+    assert table["patient_id"].tolist() == sorted({name for name in ids if name})
+    for row in table.itertuples():
+        own = [(label, score >= 4) for name, label, score in cells if name == row.patient_id]
+        own_labels = [label for label, _ in own]
+        assert (row.n_cells, row.n_parasitized) == (len(own), sum(called for _, called in own))
+        if 1 in own_labels:
+            assert row.label == 1
+        elif None in own_labels:
+            assert pd.isna(row.label)
+        else:
+            assert row.label == 0
+        assert row.ci_low <= row.parasitized_fraction <= row.ci_high
+
+
+def test_counts_do_not_depend_on_row_order() -> None:
+    pd.testing.assert_frame_equal(counts(CELLS), counts(CELLS[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("patient_id", "label", "score", "message"),
+    [
+        (["P1"], [2], [0.1], r"label of row 0 is 2 .* or null"),
+        (["P1"], ["parasitized"], [0.1], "label of row 0 is parasitized"),
+        (["P1"], [0], [np.nan], "score of row 0 is nan"),
+        (["P1", "P2"], [0], [0.1], "2 rows of patient_id, 1 rows of label, 1 rows of score"),
+        ([], [], [], "no cells"),
+    ],
+)
+def test_bad_rows_are_named(
+    patient_id: list[str], label: list[object], score: list[float], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        patient_counts(patient_id, label, score, threshold=0.5)  # type: ignore[arg-type]
+
+
+def test_a_threshold_outside_the_scores_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"threshold is 5\.0"):
+        counts(CELLS, threshold=5.0)
+
+
+def patients(*rows: tuple[int | None, float]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=["label", "parasitized_fraction"])
+    return table.assign(label=table["label"].astype("Int8"))
+
+
+def test_patients_told_apart_by_their_fraction() -> None:
+    found = patient_metrics(patients((0, 0.0), (0, 0.1), (0, 0.5), (1, 0.3), (1, 0.9), (None, 1.0)))
+    assert found == pytest.approx(
+        {
+            "n_patients_parasitized": 2,
+            "n_patients_uninfected": 3,
+            # 0.9 lies above all three uninfected patients, 0.3 above two.
+            "roc_auc": 5 / 6,
+            "average_precision": 1 / 2 * 1 + 1 / 2 * 2 / 3,
+            "false_positive_rate_mean": 0.2,
+            "false_positive_rate_sd": np.std([0, 0.1, 0.5], ddof=1),
+            "false_positive_rate_max": 0.5,
+        }
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("rows", "defined"),
+    [
+        ([(None, 0.5)], set()),
+        ([(0, 0.5)], {"false_positive_rate_mean", "false_positive_rate_max"}),
+        ([(1, 0.5)], {"average_precision"}),
+    ],
+    ids=["unlabelled", "one uninfected", "one parasitized"],
+)
+def test_what_is_undefined_is_nan(rows: list[tuple[int | None, float]], defined: set[str]) -> None:
+    found = patient_metrics(patients(*rows))
+    assert {name for name, value in found.items() if not np.isnan(value)} == defined | {
+        "n_patients_parasitized",
+        "n_patients_uninfected",
+    }
+
+
+def test_the_bootstrap_takes_patients_as_its_cells() -> None:
+    rng = np.random.default_rng(0)
+    label = np.arange(40) % 2
+    fraction = np.clip(rng.normal(0.2 + 0.3 * label, 0.2), 0, 1)
+    value = patient_metrics(patients(*zip(label, fraction, strict=True)))["roc_auc"]
+    low, high = bootstrap_over_patients(
+        label, fraction, np.arange(40), threshold=0.5, seed=0, n_resamples=200
+    )["roc_auc"]
+    assert low < value < high
