@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from malaria_ray import __version__
-from malaria_ray.errors import ConfigError, MalariaRayError
+from malaria_ray.errors import MalariaRayError
 from malaria_ray.schema import RESEARCH_ONLY
 
 COMMANDS = {
@@ -56,14 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"malaria-ray {command}: {type(error).__name__}: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        print(
+            f"malaria-ray {command}: {type(error).__name__}: {_one_line(error)} (--debug shows where)",
+            file=sys.stderr,
+        )
         return 1
 
 
 def _run(command: str, arguments: list[str]) -> int:
     import tyro
 
-    stage = importlib.import_module(f"malaria_ray.stages.{command}")
+    stage = importlib.import_module("malaria_ray.demo" if command == "demo" else f"malaria_ray.stages.{command}")
     config = tyro.cli(
         stage.Config,
         prog=f"malaria-ray {command}",

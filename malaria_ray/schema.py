@@ -151,14 +151,23 @@ HISTORY = Table(
     "one row per epoch of training",
     (
         Column("epoch", pa.int32(), "1 for the first"),
-        Column("train_loss", pa.float64(), "mean binary cross-entropy over the epoch's training images, dropout on"),
+        Column(
+            "train_loss",
+            pa.float64(),
+            "mean binary cross-entropy over the epoch's training images, dropout on",
+        ),
         Column("train_accuracy", pa.float64(), "share of them on the right side of 0.5, dropout on"),
         Column("val_loss", pa.float64(), "mean binary cross-entropy over all validation images after the epoch"),
         Column("val_accuracy", pa.float64(), "share of them on the right side of 0.5"),
         Column("val_roc_auc", pa.float64(), "area under the ROC curve of the validation images"),
         Column("learning_rate", pa.float64(), "learning rate during the epoch"),
         Column("seconds", pa.float64(), "wall time of the epoch, validation included", "second"),
-        Column("images_per_second", pa.float64(), "training images per second of training, validation excluded", "1/second"),
+        Column(
+            "images_per_second",
+            pa.float64(),
+            "training images per second of training, validation excluded",
+            "1/second",
+        ),
     ),
 )
 
@@ -184,12 +193,24 @@ METRICS = Table(
     "one row per metric, split and level",
     (
         MODEL,
-        Column("split", pa.string(), "train, val or test of the run that gave the scores; unseen for images that are in none"),
+        Column(
+            "split",
+            pa.string(),
+            "train, val or test of the run that gave the scores; unseen for images that are in none",
+        ),
         Column("level", pa.string(), "cell or patient"),
         Column("metric", pa.string(), "name as in scikit-learn, or n_true_positive and the like for counts"),
         Column("value", pa.float64(), "the metric; null where it is undefined (one class only, say)"),
-        Column("ci_low", pa.float64(), "lower end of the 95 % interval by bootstrap over patients; null where none"),
-        Column("ci_high", pa.float64(), "upper end of the 95 % interval by bootstrap over patients; null where none"),
+        Column(
+            "ci_low",
+            pa.float64(),
+            "lower end of the 95 % interval by bootstrap over patients; null where none",
+        ),
+        Column(
+            "ci_high",
+            pa.float64(),
+            "upper end of the 95 % interval by bootstrap over patients; null where none",
+        ),
         Column("n", pa.int64(), "cells or patients that the value is computed from"),
         Column("threshold", pa.float64(), "score from which a cell is called parasitized; null where not used"),
     ),
@@ -200,7 +221,11 @@ PATIENTS = Table(
     "one row per patient. A class-balanced crop archive gives no parasitaemia",
     (
         PATIENT_ID,
-        Column("label", pa.int8(), "1 where any crop of the patient is labelled parasitized, 0 where none; null unlabelled"),
+        Column(
+            "label",
+            pa.int8(),
+            "1 where any crop of the patient is labelled parasitized, 0 where none; null unlabelled",
+        ),
         Column("n_cells", pa.int64(), "scored crops of the patient"),
         Column("n_parasitized", pa.int64(), "of them, called parasitized"),
         Column("parasitized_fraction", pa.float64(), "n_parasitized / n_cells; not parasitaemia"),
@@ -213,14 +238,26 @@ LISTING = Table(
     "listing",
     "one row per file found in the archive, before anything was read: what it is and where its bytes lie",
     (
-        Column("key", pa.int64(), "row number in the whole listing, ordered by image_id; what the ledger counts by"),
+        Column(
+            "key",
+            pa.int64(),
+            "row number in the whole listing, ordered by image_id; what the ledger counts by",
+        ),
         IMAGE_ID,
         LABEL,
         PATIENT_ID,
         N_BYTES,
         Column("container", pa.string(), "URL of the folder or file that holds it"),
-        Column("method", pa.string(), "how its bytes lie there: file, stored, deflate or crops; else what is unsupported"),
-        Column("offset", pa.int64(), "where its record begins in the container; its row where the method is crops"),
+        Column(
+            "method",
+            pa.string(),
+            "how its bytes lie there: file, stored, deflate or crops; else what is unsupported",
+        ),
+        Column(
+            "offset",
+            pa.int64(),
+            "where its record begins in the container; its row where the method is crops",
+        ),
         Column("span", pa.int64(), "bytes from there to the next record", "byte"),
         Column("packed_bytes", pa.int64(), "size of its data as packed", "byte"),
         Column("crc32", pa.int64(), "checksum of the unpacked bytes by the archive; null where it gives none"),

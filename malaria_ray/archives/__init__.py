@@ -1,6 +1,7 @@
 """Where cells come from: `open_archive(url)` finds the kind, `list_archive` what is in it, `read_cells` the pixels.
 
-Every kind reduces a file to a place: container, offset, span and packing method (`schema.LISTING`). Listing is the only thing that
+Every kind reduces a file to a place: container, offset, span and packing method (`schema.LISTING`). Listing is the
+only thing that
 differs between kinds; reading needs the places alone, so any process can read any part of an archive by itself.
 """
 
@@ -47,7 +48,9 @@ def open_archive(url: str) -> Archive:
     except OSError as error:
         raise ArchiveError(f"{url} cannot be looked at: {error}; check the address and your permissions") from error
     if not is_there:
-        raise ArchiveError(f"{url} is not there; an archive is a folder, a .zip file or a dataset made by 'malaria-ray ingest'")
+        raise ArchiveError(
+            f"{url} is not there; an archive is a folder, a .zip file or a dataset made by 'malaria-ray ingest'"
+        )
     if not is_folder:
         raise ArchiveError(f"{url} is a file of an unknown kind; allowed are folders, .zip files and datasets")
     return DatasetArchive(path) if outputs.stage_of(path) == "ingest" else FolderArchive(path)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
 from upath import UPath
 
 from malaria_ray.archives import Archive
@@ -20,7 +19,10 @@ from malaria_ray.schema import LISTING
 
 
 def list_archive(
-    archive: Archive, *, patients: Mapping[str, str | None] | None = None, pattern: re.Pattern[str] | None = None
+    archive: Archive,
+    *,
+    patients: Mapping[str, str | None] | None = None,
+    pattern: re.Pattern[str] | None = None,
 ) -> pa.Table:
     """All files of an archive as a `schema.LISTING` table, ordered by place; `key` is the row number.
 
@@ -37,7 +39,9 @@ def list_archive(
 
 
 def listing_digest(listing: pa.Table) -> str:
-    """First 16 hex digits of a SHA-256 over names, sizes, labels and patients: the same archive gives the same digest."""
+    """First 16 hex digits of a SHA-256 over names, sizes, labels and patients: the same archive gives the same
+    digest.
+    """
     digest = hashlib.sha256()
     for name in ("image_id", "n_bytes", "label", "patient_id"):
         column = pc.fill_null(pc.cast(listing[name], pa.string()), "\x00")
@@ -48,7 +52,8 @@ def listing_digest(listing: pa.Table) -> str:
 
 
 def check_same_listing(work: UPath, listing: pa.Table) -> None:
-    """Keeps the listing's digest in the work folder of an output; a resumed run must find the archive that the first one found.
+    """Keeps the listing's digest in the work folder of an output; a resumed run must find the archive that the first
+    one found.
 
     Raises: `ArchiveError` where it differs.
     """
@@ -57,7 +62,8 @@ def check_same_listing(work: UPath, listing: pa.Table) -> None:
         storage.write_json(file, now)
     elif (was := storage.read_json(file)) != now:
         raise ArchiveError(
-            f"the archive changed since the output was begun: {was['n_files']:,} files then, {now['n_files']:,} now, or others; "
+            f"the archive changed since the output was begun: {was['n_files']:,} files then, {now['n_files']:,} now, "
+            f"or others; "
             "--overwrite begins again"
         )
 
@@ -94,5 +100,6 @@ def _check_unique(listing: pa.Table, url: str) -> None:
     if len(doubled):
         name = doubled.field("values")[0].as_py()
         raise ArchiveError(
-            f"{url} holds {len(doubled)} names more than once, {name!r} the first; a name must be unique: pack the archive anew"
+            f"{url} holds {len(doubled)} names more than once, {name!r} the first; a name must be unique: pack the "
+            f"archive anew"
         )

@@ -30,8 +30,10 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 class Cells:
     """The cells of some listing rows.
 
-    `table`: the columns image_id, label, patient_id, n_bytes, width, height, content_digest, status, detail; one row per listing row,
-        in its order. `pixels`: uint8 (n_ok, size, size, 3), RGB, one for each row whose status is `ok`, in the same order.
+    `table`: the columns image_id, label, patient_id, n_bytes, width, height, content_digest, status, detail; one row
+    per listing row,
+        in its order. `pixels`: uint8 (n_ok, size, size, 3), RGB, one for each row whose status is `ok`, in the same
+        order.
     """
 
     table: pa.Table
@@ -39,7 +41,9 @@ class Cells:
 
 
 def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
-    """Reads, decodes and resizes the files of a listing. A file that cannot be used becomes a status, never an error."""
+    """Reads, decodes and resizes the files of a listing. A file that cannot be used becomes a status, never an
+    error.
+    """
     if listing.num_rows and listing["method"][0].as_py() == "crops":
         return _read_crops(listing, image_size=image_size)
     n = listing.num_rows
@@ -75,7 +79,9 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
 
 def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:
     """The encoded bytes of each row in order; a `ReadError` with its reason where they could not be had."""
-    rows = listing.select(["image_id", "container", "method", "n_bytes", "offset", "span", "packed_bytes", "crc32"]).to_pylist()
+    rows = listing.select(
+        ["image_id", "container", "method", "n_bytes", "offset", "span", "packed_bytes", "crc32"]
+    ).to_pylist()
     group: list[dict[str, Any]] = []
     group_bytes = 0
     for row in rows:
@@ -128,7 +134,10 @@ def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     container = storage.locate(rows[0]["container"])
     requests = _requests([(row["offset"], row["offset"] + row["span"]) for row in rows])
     fetched = container.fs.cat_ranges(
-        [container.path] * len(requests), [start for start, _ in requests], [end for _, end in requests], on_error="return"
+        [container.path] * len(requests),
+        [start for start, _ in requests],
+        [end for _, end in requests],
+        on_error="return",
     )
     held = -1
     for row in rows:

@@ -1,21 +1,22 @@
 """From encoded bytes to the pixels that every model sees: the one decode-and-resize of training and screening.
 
 Images are uint8 arrays of shape (height, width, 3), RGB, 0..255. Files may be PNG, JPEG, TIFF, BMP or WebP with any bit
-depth and colour model that OpenCV reads: grey and 1-bit are repeated over the channels, 16-bit is cut to its upper eight
-bits, alpha is dropped, CMYK is converted, EXIF orientation is applied.
+depth and colour model that OpenCV reads: grey and 1-bit are repeated over the channels, 16-bit is cut to its upper
+eight
+bits, alpha is dropped (in a TIFF libtiff multiplies the colours by it), CMYK is converted, EXIF orientation is applied.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
-from io import BytesIO
+from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from malaria_ray.errors import ImageRefused
 from malaria_ray.schema import Reason
@@ -41,7 +42,9 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 )
 
 cv2.setNumThreads(0)  # the processes of a node are the parallelism; OpenCV's own threads would only fight over cores
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a refused file is reported in quarantine, not on stderr
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # a refused file is reported in quarantine, not on stderr
 
 
 def content_digest(data: bytes) -> str:
@@ -56,15 +59,16 @@ def image_format(data: bytes) -> str | None:
 
 
 def declared_size(data: bytes, kind: str) -> tuple[int, int] | None:
-    """(width, height) in pixels that the header promises, without decoding; None where the header is unreadable."""
-    if kind == "PNG":  # the common case by far: fixed place, 30 µs saved per image
-        return struct.unpack(">II", data[16:24]) if len(data) >= 24 else None
+    """(width, height) in pixels that the header promises, without decoding; None where the header is unreadable.
+
+    Where a TIFF's tiles or strips are larger than the image theirs counts, because that is what a decoder allocates.
+    Read by
+    hand: Pillow takes the memory of a WebP's whole canvas to tell its size, and raises what it warns of where
+    warnings are errors.
+    """
     try:
-        with Image.open(BytesIO(data), formats=[kind]) as header:
-            return header.size
-    except Image.DecompressionBombError:  # Pillow's own limit, above ours
-        return (MAX_PIXELS, MAX_PIXELS)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error, EOFError):
+        return _SIZE_OF[kind](data)
+    except (struct.error, IndexError, KeyError, OverflowError):
         return None
 
 
@@ -72,7 +76,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decodes one file to RGB.
 
     Returns: uint8 (height, width, 3), RGB, 0..255.
-    Raises: `ImageRefused` with the reason `empty_file`, `not_an_image`, `too_large`, `truncated` or `corrupt`. A file that
+    Raises: `ImageRefused` with the reason `empty_file`, `not_an_image`, `too_large`, `truncated` or `corrupt`. A
+    file that
         declares more than `max_pixels` is refused from its header, before memory is taken.
     """
     if not data:
@@ -81,23 +86,26 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     if kind is None:
         raise ImageRefused(Reason.NOT_AN_IMAGE, f"begins with {data[:8]!r}; allowed are PNG, JPEG, TIFF, BMP and WebP")
     size = declared_size(data, kind)
-    if size is not None and size[0] * size[1] > max_pixels:
+    still = _still_png(data) if kind == "PNG" else data
+    if size is None or still is None:
+        raise _damaged(data, kind, "its header or records cannot be followed")
+    if size[0] * size[1] > max_pixels:
         raise ImageRefused(
-            Reason.TOO_LARGE, f"{kind} header declares {size[0]} × {size[1]} pixels; at most {max_pixels:,} are decoded"
+            Reason.TOO_LARGE,
+            f"{kind} header declares {size[0]} × {size[1]} pixels; at most {max_pixels:,} are decoded",
         )
     try:
-        pixels = None if size is None else cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        pixels = cv2.imdecode(np.frombuffer(still, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
-        raise ImageRefused(Reason.CORRUPT, f"{kind}: {error.err or error}") from error
+        raise _damaged(data, kind, error.err or str(error)) from error
     if pixels is None:
-        if _ends_early(data, kind):
-            raise ImageRefused(Reason.TRUNCATED, f"{kind} of {len(data)} bytes ends before its last record")
-        raise ImageRefused(Reason.CORRUPT, f"{kind} of {len(data)} bytes: the decoder found damaged data")
+        raise _damaged(data, kind, "the decoder found damaged data or a variant of the format that it does not know")
     return pixels  # type: ignore[return-value]  # IMREAD_COLOR_RGB is always uint8
 
 
 def resize(pixels: Pixels, image_size: int) -> Pixels:
-    """Resizes to a square: bicubic as in the article; by area where it shrinks more than twofold, which bicubic aliases.
+    """Resizes to a square: bicubic as in the article; by area where it shrinks more than twofold, which bicubic
+    aliases.
 
     `pixels`: uint8 (height, width, 3). Returns: uint8 (image_size, image_size, 3); the aspect ratio is not kept.
     """
@@ -107,18 +115,160 @@ def resize(pixels: Pixels, image_size: int) -> Pixels:
     return resized  # type: ignore[no-any-return]
 
 
+def _damaged(data: bytes, kind: str, found: str) -> ImageRefused:
+    if _ends_early(data, kind):
+        return ImageRefused(Reason.TRUNCATED, f"{kind} of {len(data)} bytes ends before its last record")
+    return ImageRefused(Reason.CORRUPT, f"{kind} of {len(data)} bytes: {found}")
+
+
 def _ends_early(data: bytes, kind: str) -> bool:
     """Whether a file that could not be decoded lacks its format's last record, as far as the format tells."""
     if kind == "PNG":
-        return b"IEND" not in data[-64:]
+        return _PNG_END not in data[-64:]
     if kind == "JPEG":
         return b"\xff\xd9" not in data[-64:]
-    if kind in ("BMP", "WEBP"):
-        promised = struct.unpack("<I", data[2:6] if kind == "BMP" else data[4:8])[0] if len(data) >= 8 else len(data) + 1
-        return len(data) < int(promised)
-    return _tiff_directory_is_missing(data)
+    if kind == "TIFF":
+        return _tiff_ends_early(data)
+    if len(data) < 8:
+        return True
+    promised = struct.unpack("<I", data[2:6])[0] if kind == "BMP" else struct.unpack("<I", data[4:8])[0] + 8
+    return len(data) < int(promised)
 
 
-def _tiff_directory_is_missing(data: bytes) -> bool:
+def _png_size(data: bytes) -> tuple[int, int]:
+    if data[12:16] != b"IHDR":
+        raise KeyError("IHDR")
+    width, height = struct.unpack_from(">II", data, 16)
+    return width, height
+
+
+def _still_png(data: bytes) -> bytes | None:
+    """The PNG without the records of an animation; None where a record reaches beyond the end of the file.
+
+    OpenCV 5.0 takes the memory that a record's length promises, up to 4 GB, before it reads it, and a damaged animation
+    ends the whole process (opencv/opencv#27744).
+    """
+    at = begun = len(_PNG_SIGNATURE)
+    kept = [_PNG_SIGNATURE]
+    while at + 12 <= len(data):
+        end = at + 12 + struct.unpack_from(">I", data, at)[0]
+        name = data[at + 4 : at + 8]
+        if name in (b"acTL", b"fcTL", b"fdAT"):
+            kept.append(data[begun:at])
+            begun = end
+        at = end
+        if name == b"IEND":
+            break
+    if at > len(data):
+        return None
+    return data if begun == len(_PNG_SIGNATURE) else b"".join([*kept, data[begun:]])
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Size of the first frame header, found as libjpeg finds it: whatever stands between two segments is skipped."""
+    at = 2
+    while found := _JPEG_MARKER.search(data, at):
+        marker, at = found[1][0], found.end()
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            return width, height
+        if marker not in _JPEG_WITHOUT_LENGTH:
+            at += max(2, struct.unpack_from(">H", data, at)[0])
+    raise KeyError("SOF")
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    is_old = struct.unpack_from("<I", data, 14)[0] == 12  # OS/2, 16-bit sizes
+    width, height = struct.unpack_from("<HH" if is_old else "<ii", data, 18)
+    return abs(width), abs(height)  # a negative height means rows from the top
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    record = data[12:16]
+    if record == b"VP8X":  # canvas of an extended file
+        low = int.from_bytes(data[24:30].ljust(6, b"\0"), "little")
+        return (low & 0xFFFFFF) + 1, (low >> 24) + 1
+    if record == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if record == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    raise KeyError("VP8")
+
+
+def _tiff_size(data: bytes) -> tuple[int, int]:
+    tags = _tiff_tags(data)
+    width, height = (max(tags[tag], default=0) for tag in (_TIFF_WIDTH, _TIFF_HEIGHT))
+    piece_width = max(tags.get(_TIFF_TILE_WIDTH, ()), default=0)
+    piece_height = max(tags.get(_TIFF_TILE_HEIGHT) or tags.get(_TIFF_ROWS_PER_STRIP) or (), default=0)
+    if piece_height == 0xFFFFFFFF:  # the usual way to say: one strip
+        piece_height = 0
+    return max(width, piece_width), max(height, piece_height)
+
+
+def _tiff_ends_early(data: bytes) -> bool:
+    try:
+        tags = _tiff_tags(data)
+    except (struct.error, OverflowError):  # the directory, often the end of the file, is not there
+        return True
+    for offsets, lengths in _TIFF_PLACES:
+        if any(
+            offset + length > len(data)
+            for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)
+        ):
+            return True
+    return False
+
+
+def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
+    """Values of those tags of the first directory that tell sizes and places. Raises: `struct.error` beyond the end."""
     order = "<" if data[:2] == b"II" else ">"
-    return len(data) < 8 or struct.unpack(order + "I", data[4:8])[0] + 2 > len(data)
+    if b"+" in data[2:4]:  # BigTIFF
+        start, count, entry, pointer = (
+            8,
+            struct.Struct(order + "Q"),
+            struct.Struct(order + "HHQ"),
+            struct.Struct(order + "Q"),
+        )
+    else:
+        start, count, entry, pointer = (
+            4,
+            struct.Struct(order + "H"),
+            struct.Struct(order + "HHI"),
+            struct.Struct(order + "I"),
+        )
+    at = pointer.unpack_from(data, start)[0]
+    n_entries = count.unpack_from(data, at)[0]
+    at += count.size
+    tags: dict[int, tuple[int, ...]] = {}
+    for _ in range(n_entries):
+        tag, type_, n = entry.unpack_from(data, at)
+        if tag in _TIFF_TAGS and (code := _TIFF_INTEGERS.get(type_)):
+            value_at = at + entry.size
+            if n * struct.calcsize("=" + code) > pointer.size:
+                value_at = pointer.unpack_from(data, value_at)[0]
+            if n > len(data):
+                raise struct.error("more values than bytes")
+            tags[tag] = struct.unpack_from(f"{order}{n}{code}", data, value_at)
+        at += entry.size + pointer.size
+    return tags
+
+
+_PNG_END = b"IEND\xaeB`\x82"
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the others are tables
+_JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+_TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ROWS_PER_STRIP, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 256, 257, 278, 322, 323
+_TIFF_PLACES = ((273, 279), (324, 325))  # offsets and lengths of the strips, of the tiles
+_TIFF_TAGS = frozenset(
+    {_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ROWS_PER_STRIP, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT, 273, 279, 324, 325}
+)
+_SIZE_OF: dict[str, Callable[[bytes], tuple[int, int]]] = {
+    "PNG": _png_size,
+    "JPEG": _jpeg_size,
+    "TIFF": _tiff_size,
+    "BMP": _bmp_size,
+    "WEBP": _webp_size,
+}

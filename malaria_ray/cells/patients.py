@@ -40,7 +40,8 @@ def compiled_pattern(expression: str) -> re.Pattern[str]:
         raise PatientMappingError(f"--patient-pattern {expression!r} is no regular expression: {error}") from error
     if "patient" not in pattern.groupindex:
         raise PatientMappingError(
-            f"--patient-pattern {expression!r} has no group named patient; write the part that names it as (?P<patient>…)"
+            f"--patient-pattern {expression!r} has no group named patient; write the part that names it as "
+            f"(?P<patient>…)"
         )
     return pattern
 

@@ -1,4 +1,6 @@
-"""Which image goes to training, validation and test; which fold. Pure functions of names, labels, patients and a seed."""
+"""Which image goes to training, validation and test; which fold. Pure functions of names, labels, patients and a
+seed.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ N_TENTHS = {Split.train: 6, Split.val: 1, Split.test: 3}
 def assign_splits(cells: pd.DataFrame, *, by: SplitBy, seed: int) -> pd.Series:
     """Split of each cell, `train`, `val` or `test`, 60:10:30 with the classes balanced between them.
 
-    `cells`: columns image_id, patient_id, label (0 or 1), one row per usable image, in any order: the result depends on the
-    content alone. By `patient` all cells of a patient go together (stratified group folds); by `image` every cell for itself, as in the
+    `cells`: columns image_id, patient_id, label (0 or 1), one row per usable image, in any order: the result depends
+    on the
+    content alone. By `patient` all cells of a patient go together (stratified group folds); by `image` every cell
+    for itself, as in the
     article, which lets the same patient into training and test.
     Returns: a string series with the index of `cells`.
     Raises: `DatasetError` where labels or patients are missing or a split would lack a class.
@@ -49,7 +53,8 @@ def check_trainable(cells: pd.DataFrame, *, by: SplitBy) -> None:
     if unlabelled:
         first = cells.loc[cells["label"].isna(), "image_id"].min()
         raise DatasetError(
-            f"{unlabelled} of {len(cells)} cells have no label, {first!r} the first; training needs all of them in folders named "
+            f"{unlabelled} of {len(cells)} cells have no label, {first!r} the first; training needs all of them in "
+            f"folders named "
             "Parasitized or Uninfected"
         )
     if cells["label"].nunique() < len(Label):
@@ -59,7 +64,8 @@ def check_trainable(cells: pd.DataFrame, *, by: SplitBy) -> None:
     if by == "patient" and without:
         first = cells.loc[cells["patient_id"].isna(), "image_id"].min()
         raise DatasetError(
-            f"{without} of {len(cells)} cells have no patient, {first!r} the first; give their mapping to 'ingest --patients' or "
+            f"{without} of {len(cells)} cells have no patient, {first!r} the first; give their mapping to 'ingest "
+            f"--patients' or "
             "their rule to 'ingest --patient-pattern', or train with --split-by image"
         )
 

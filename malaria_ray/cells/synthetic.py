@@ -63,8 +63,7 @@ def _smear(seed: int, patient: int) -> _Smear:
 
     return _Smear(
         light=between((212, 212, 208), (234, 190, 164), 0.025),
-        haemoglobin=between((0.22, 0.28, 0.09), (0.14, 0.30, 0.15), 0.07)
-        * np.float32(rng.uniform(0.75, 1.5)),
+        haemoglobin=between((0.22, 0.28, 0.09), (0.14, 0.30, 0.15), 0.07) * np.float32(rng.uniform(0.75, 1.5)),
         chromatin=between((0.24, 1.75, 0.16), (0.26, 1.75, 0.34), 0.10),
         dirt=between((0.50, 0.80, 0.15), (0.40, 0.85, 0.30), 0.12),
         radius=rng.uniform(58, 70),
@@ -80,9 +79,7 @@ def _cell_mask(rng: np.random.Generator, radius: float) -> Image:
     """Cut-out of one cell: uint8 (h, w), 0 or 1, touching all four sides; now and then bitten or horned."""
     theta = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     waves = np.arange(2, 7)
-    outline = 1 + (rng.normal(0, 0.05, 5) / (waves - 1)) @ np.cos(
-        np.outer(waves, theta) + rng.uniform(0, 7, (5, 1))
-    )
+    outline = 1 + (rng.normal(0, 0.05, 5) / (waves - 1)) @ np.cos(np.outer(waves, theta) + rng.uniform(0, 7, (5, 1)))
     if rng.random() < 0.25:  # a neighbour cut away, or a part of it left on
         bump = np.exp(rng.uniform(8, 50) * (np.cos(theta - rng.uniform(0, 7)) - 1))
         outline += rng.choice([-0.45, 0.35]) * rng.uniform(0.3, 1) * bump
@@ -194,9 +191,7 @@ def synthetic_cell(label: Label, *, seed: int, patient: int, index: int) -> Imag
         _paint_parasites(rng, haemoglobin, chromatin, depth)
 
     layers = np.dstack([haemoglobin, chromatin, dirt])
-    layers = cv2.GaussianBlur(
-        cv2.remap(layers, *warp, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE), (0, 0), blur
-    )
+    layers = cv2.GaussianBlur(cv2.remap(layers, *warp, cv2.INTER_LINEAR, None, cv2.BORDER_REPLICATE), (0, 0), blur)
     density = layers @ np.stack([smear.haemoglobin, smear.chromatin, smear.dirt])
     cell: Image = np.clip(light * np.exp(-density) + grain, 1, 255).astype(np.uint8) * mask[..., None]
     return cell
@@ -227,9 +222,7 @@ def synthetic_cells(*, n_patients: int, n_cells_per_patient: int, seed: int) -> 
     n_infected = n_patients - int(n_patients * _DONOR_SHARE)
     # Evenly spread around the mean that balances the archive, so that few patients suffice for a balance.
     shares = 0.5 * n_patients / n_infected + np.linspace(-0.15, 0.15, n_infected) * (n_infected > 1)
-    n_parasitized = (
-        (np.random.default_rng([seed]).permutation(shares) * n_cells_per_patient).round().astype(int)
-    )
+    n_parasitized = (np.random.default_rng([seed]).permutation(shares) * n_cells_per_patient).round().astype(int)
 
     def cell(patient: int, index: int) -> tuple[str, bytes]:
         infected = patient <= n_infected
@@ -238,6 +231,4 @@ def synthetic_cells(*, n_patients: int, n_cells_per_patient: int, seed: int) -> 
         path = f"cell_images/{label.name.capitalize()}/{key}ThinF_SYNTHETIC_cell_{index}.png"
         return path, _png(synthetic_cell(label, seed=seed, patient=patient, index=index))
 
-    return (
-        cell(patient, index) for patient in range(1, n_patients + 1) for index in range(n_cells_per_patient)
-    )
+    return (cell(patient, index) for patient in range(1, n_patients + 1) for index in range(n_cells_per_patient))

@@ -24,7 +24,9 @@ class Engine(Protocol):
 
 
 def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int) -> Engine:
-    """The engine `name` on the content of its model file; it computes with `n_threads` threads, `batch_size` images at a time."""
+    """The engine `name` on the content of its model file; it computes with `n_threads` threads, `batch_size` images
+    at a time.
+    """
     return (OnnxEngine if name == "onnx" else KerasEngine)(model, n_threads=n_threads, batch_size=batch_size)
 
 
@@ -50,7 +52,9 @@ class OnnxEngine:
 
 
 class KerasEngine:
-    """Keras' own prediction, on whatever backend and device Keras is set to. Loaded in safe mode: no code from the file runs."""
+    """Keras' own prediction, on whatever backend and device Keras is set to. Loaded in safe mode: no code from the
+    file runs.
+    """
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
         import keras
@@ -86,5 +90,7 @@ def _in_batches(predict: Any, pixels: Pixels, batch_size: int) -> Scores:
         scores[start : start + n] = np.asarray(predict(batch)).reshape(-1)[:n]
     if not ((scores >= 0) & (scores <= 1)).all():
         bad = scores[~((scores >= 0) & (scores <= 1))]
-        raise ModelError(f"the model gave {len(bad)} of {len(scores)} scores outside 0..1, {bad[0]} the first; train it anew")
+        raise ModelError(
+            f"the model gave {len(bad)} of {len(scores)} scores outside 0..1, {bad[0]} the first; train it anew"
+        )
     return scores

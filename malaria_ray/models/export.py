@@ -1,4 +1,6 @@
-"""From a checkpoint to the files that score: `model.keras` without its optimizer and the same network as `model.onnx`."""
+"""From a checkpoint to the files that score: `model.keras` without its optimizer and the same network as
+`model.onnx`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ MAX_DIFFERENCE = 1e-4
 
 
 def export(checkpoint: str, *, probe: Pixels) -> dict[str, Any]:
-    """Reads `model.keras` in the folder `checkpoint`, returns {"keras": bytes, "onnx": bytes, "max_difference", "parameters"}.
+    """Reads `model.keras` in the folder `checkpoint`, returns {"keras": bytes, "onnx": bytes, "max_difference",
+    "parameters"}.
 
     `probe`: real crops, uint8 (n, size, size, 3), that both files must score alike.
     Raises: `ModelError` where a score differs by more than `MAX_DIFFERENCE`.
@@ -36,7 +39,10 @@ def export(checkpoint: str, *, probe: Pixels) -> dict[str, Any]:
         found = session.run(None, {session.get_inputs()[0].name: probe})[0].reshape(-1)
         difference = float(np.abs(found - expected).max())
         if not difference <= MAX_DIFFERENCE:
-            raise ModelError(f"model.onnx and model.keras differ by {difference:.2g} on real crops; at most {MAX_DIFFERENCE} is allowed")
+            raise ModelError(
+                f"model.onnx and model.keras differ by {difference:.2g} on real crops; at most {MAX_DIFFERENCE} is "
+                f"allowed"
+            )
         return {
             "keras": keras_file.read_bytes(),
             "onnx": onnx_file.read_bytes(),

@@ -1,7 +1,9 @@
 """The training loop of one Ray Train worker: N workers with a global batch B take the same steps as one worker with B.
 
-Keras 3's `fit` cannot run under `MultiWorkerMirroredStrategy` (keras-team/keras#20585), so the step is our own: each worker takes its
-slice of every global batch, sums its weighted loss over the global number of images, and the optimizer adds the gradients up.
+Keras 3's `fit` cannot run under `MultiWorkerMirroredStrategy` (keras-team/keras#20585), so the step is our own: each
+worker takes its
+slice of every global batch, sums its weighted loss over the global number of images, and the optimizer adds the
+gradients up.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _CHECK_EVERY_STEPS = 20  # how often the loss is looked at: every look waits for
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Where the examples lie: `parts` are object references of uint8 arrays (n_i, size, size, 3); example k is row `row[k]` of
+    """Where the examples lie: `parts` are object references of uint8 arrays (n_i, size, size, 3); example k is row
+    `row[k]` of
     part `part[k]`, with `label[k]` 0 or 1. Workers on a node share one copy of the parts."""
 
     parts: list[Any]
@@ -77,7 +80,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
 def batches(
     examples: Examples, order: npt.NDArray[np.int64], *, batch_size: int, rank: int, n_workers: int
 ) -> Iterator[Batch]:
-    """The slices that worker `rank` of `n_workers` takes of the global batches of `order`: every example exactly once over all
+    """The slices that worker `rank` of `n_workers` takes of the global batches of `order`: every example exactly
+    once over all
     workers, the same number of batches on each."""
     parts = [ray.get(part) for part in examples.parts]
     shape = parts[0].shape[1:]
@@ -141,8 +145,12 @@ def train_worker(plan: TrainingPlan) -> None:
         share = batches(plan.train, order, batch_size=plan.batch_size, rank=rank, n_workers=n_workers)
         sums = _run_epoch(tf, train_step, share, plan=plan, epoch=epoch, is_speaker=rank == 0)
         trained = time.monotonic()
-        loss, n_correct = (float(x) for x in strategy.reduce("SUM", _per_replica(strategy, tf.constant(sums)), axis=None).numpy())
-        scores = _score_all(strategy, score_step, plan.val, rank=rank, n_workers=n_workers, batch_size=plan.batch_size)
+        loss, n_correct = (
+            float(x) for x in strategy.reduce("SUM", _per_replica(tf, strategy, sums), axis=None).numpy()
+        )
+        scores = _score_all(
+            tf, strategy, score_step, plan.val, rank=rank, n_workers=n_workers, batch_size=plan.batch_size
+        )
         row = {
             "epoch": epoch,
             "train_loss": loss / len(plan.train),
@@ -157,7 +165,8 @@ def train_worker(plan: TrainingPlan) -> None:
         if rank == 0:
             plan.news.put(
                 f"epoch {epoch}/{plan.epochs}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
-                f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, val_roc_auc {row['val_roc_auc']:.4f}, "
+                f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, val_roc_auc "
+                f"{row['val_roc_auc']:.4f}, "
                 f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
             )
         _report(model, row, history, is_saver=rank == 0)
@@ -172,7 +181,8 @@ def _callbacks(keras: Any, plan: TrainingPlan) -> list[Any]:
 
 
 def _steps(tf: Any, keras: Any, model: Any, strategy: Any) -> tuple[Any, Any]:
-    """The compiled training step, (images, labels, weights, n_global) -> [summed loss, n correct] of this worker, and the scoring
+    """The compiled training step, (images, labels, weights, n_global) -> [summed loss, n correct] of this worker,
+    and the scoring
     step, images -> scores."""
 
     def local_train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
@@ -185,15 +195,13 @@ def _steps(tf: Any, keras: Any, model: Any, strategy: Any) -> tuple[Any, Any]:
         correct = tf.cast((scores >= 0.5) == (labels >= 0.5), tf.float32) * weights
         return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(correct)])
 
-    @tf.function
     def train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
         return strategy.run(local_train_step, args=(images, labels, weights, n_global))
 
-    @tf.function
     def score_step(images: Any) -> Any:
         return tf.squeeze(model(images, training=False), -1)
 
-    return train_step, score_step
+    return tf.function(train_step), tf.function(score_step)
 
 
 def _run_epoch(
@@ -220,7 +228,8 @@ def _run_epoch(
             if not np.isfinite(results).all():
                 bad = step - len(pending) + 1 + int(np.flatnonzero(~np.isfinite(results).all(axis=1))[0])
                 raise TrainingError(
-                    f"the loss is not a finite number at step {bad} of epoch {epoch}; the checkpoints of earlier epochs are kept. "
+                    f"the loss is not a finite number at step {bad} of epoch {epoch}; the checkpoints of earlier "
+                    f"epochs are kept. "
                     "Try a lower --learning-rate in a new run directory"
                 )
             sums += results.sum(axis=0)
@@ -229,12 +238,15 @@ def _run_epoch(
             spoken = time.monotonic()
             rate = n_done / (spoken - begun)
             left = (len(plan.train) - n_done) / rate
-            plan.news.put(f"epoch {epoch}/{plan.epochs} step {step}/{n_steps}: {rate:.1f} images/s, {left:.0f} s left in the epoch")
+            plan.news.put(
+                f"epoch {epoch}/{plan.epochs} step {step}/{n_steps}: {rate:.1f} images/s, {left:.0f} s left in the "
+                f"epoch"
+            )
     return sums
 
 
 def _score_all(
-    strategy: Any, score_step: Any, examples: Examples, *, rank: int, n_workers: int, batch_size: int
+    tf: Any, strategy: Any, score_step: Any, examples: Examples, *, rank: int, n_workers: int, batch_size: int
 ) -> npt.NDArray[np.float32]:
     """The scores of all examples, float32 (n,), in their order, computed by all workers together."""
     order = np.arange(len(examples))
@@ -245,7 +257,7 @@ def _score_all(
     if n_workers == 1:
         return np.concatenate(mine)[: len(examples)]
     # Worker r holds at place i of batch b the example b * batch_size + i * n_workers + r.
-    gathered = strategy.gather(_per_replica(strategy, np.stack(mine)[None]), axis=0).numpy()
+    gathered = strategy.gather(_per_replica(tf, strategy, np.stack(mine)[None]), axis=0).numpy()
     scores = np.full(len(examples), np.nan, np.float32)
     for r in range(n_workers):
         for b in range(gathered.shape[1]):
@@ -254,8 +266,9 @@ def _score_all(
     return scores
 
 
-def _per_replica(strategy: Any, value: Any) -> Any:
-    return strategy.run(lambda: __import__("tensorflow").convert_to_tensor(value))
+def _per_replica(tf: Any, strategy: Any, value: Any) -> Any:
+    """This worker's `value` as its part of a distributed value, which reductions and gathers take."""
+    return strategy.run(lambda: tf.convert_to_tensor(value))
 
 
 def _val_metrics(label: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]) -> dict[str, float]:
@@ -280,4 +293,3 @@ def _report(model: Any, row: dict[str, Any], history: list[dict[str, Any]], *, i
             (Path(folder) / "history.json").write_text(json.dumps(history))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(row, checkpoint=checkpoint)
-

@@ -8,14 +8,15 @@ import urllib.request
 from pathlib import Path
 
 from malaria_ray.errors import ArchiveError
-from malaria_ray.runtime.progress import progress
+from malaria_ray.runtime.terminal import progress
 
 _CHUNK = 1024**2
 _ATTEMPTS = 5
 
 
 def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float = 1.0) -> Path:
-    """Fetches `url` to `target`, unless it is there; a part fetched before is continued, also after another process's death.
+    """Fetches `url` to `target`, unless it is there; a part fetched before is continued, also after another
+    process's death.
 
     The size must be the one that the server announces; only then does `target` appear.
     Raises: `ArchiveError` after `attempts` tries without progress, `wait_s` seconds apart and doubling.
@@ -35,7 +36,8 @@ def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float
             permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
             if permanent or failures >= attempts:
                 raise ArchiveError(
-                    f"{url} could not be downloaded: {error}; {size:,} bytes are kept in {part} and the next run goes on from "
+                    f"{url} could not be downloaded: {error}; {size:,} bytes are kept in {part} and the next run "
+                    f"goes on from "
                     f"there. Without a network, fetch the file elsewhere and put it at {target}"
                 ) from error
             time.sleep(wait_s * 2 ** (failures - 1))
@@ -59,7 +61,10 @@ def _continue(url: str, part: Path) -> None:
         if response.status != 206:
             have = 0  # the server sent the whole file again
         total = have + int(response.headers.get("Content-Length", -1 - have))
-        with part.open("ab" if have else "wb") as file, progress(f"download {part.stem}", max(total, 0), "bytes") as report:
+        with (
+            part.open("ab" if have else "wb") as file,
+            progress(f"download {part.stem}", max(total, 0), "bytes") as report,
+        ):
             report(have)
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

@@ -4,7 +4,8 @@
     …            the stage writes its files; what only it needs goes to _work/
     finish(…)    removes _work/ and writes _SUCCESS.json last: counts, the record of every file, timings
 
-A finished directory is left alone, an unfinished one is resumed if its identity is the same, and else refused with the difference.
+A finished directory is left alone, an unfinished one is resumed if its identity is the same, and else refused with
+the difference.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], o
     found = _read_config(path, stage)
     if found is None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise DirectoryError(f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory")
+            raise DirectoryError(
+                f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory"
+            )
         storage.write_json(
             path / _CONFIG_FILE[stage],
             {
@@ -74,10 +77,13 @@ def check_complete(path: UPath, stage: str) -> dict[str, Any]:
     if not path.exists():
         raise NotCompleteError(f"{path} is not there; it is made by 'malaria-ray {stage}'")
     if _read_config(path, stage) is None:
-        raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}': it has no {_CONFIG_FILE[stage]} of that stage")
+        raise DirectoryError(
+            f"{path} was not made by 'malaria-ray {stage}': it has no {_CONFIG_FILE[stage]} of that stage"
+        )
     if not (path / SUCCESS).exists():
         raise NotCompleteError(
-            f"{path} is not complete: no {SUCCESS}; run 'malaria-ray {stage}' again to finish it, or choose another directory"
+            f"{path} is not complete: no {SUCCESS}; run 'malaria-ray {stage}' again to finish it, or choose another "
+            f"directory"
         )
     return storage.read_json(path / SUCCESS)
 

@@ -38,7 +38,9 @@ def code_digest() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Version and digest of the code, versions of the packages that numbers depend on, Python, operating system, command."""
+    """Version and digest of the code, versions of the packages that numbers depend on, Python, operating system,
+    command.
+    """
     return {
         "malaria_ray": malaria_ray.__version__,
         "code_digest": code_digest(),

@@ -20,7 +20,8 @@ log = logging.getLogger("malaria_ray")
 def ray_session() -> Iterator[None]:
     """Joins or starts Ray; ends what it started. A session that is already there (a test's, a job's) is used and left.
 
-    Raises: `ConfigError` where the cluster cannot be reached; a `MalariaRayError` of a task or actor as it was raised there.
+    Raises: `ConfigError` where the cluster cannot be reached; a `MalariaRayError` of a task or actor as it was
+    raised there.
     """
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -46,9 +47,15 @@ def _start() -> None:
     address = os.environ.get("RAY_ADDRESS")
     is_debug = log.isEnabledFor(logging.DEBUG)
     level = logging.INFO if is_debug else logging.ERROR
-    for name in ("ray", "ray.data", "ray.train"):  # what matters is said by the stages, in images and patients
+    for name in (
+        "ray",
+        "ray.data",
+        "ray.train",
+    ):  # what matters is said by the stages, in images and patients
         logging.getLogger(name).setLevel(level)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else every start warns that its default will change
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # else every start warns that its default will change
     options = {"logging_level": level, "log_to_driver": is_debug}
     try:
         if address:

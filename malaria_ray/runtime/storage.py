@@ -1,6 +1,7 @@
 """Files behind fsspec URLs: paths, whole-file reads and writes, Parquet tables.
 
-A path is a `UPath` (universal-pathlib): `pathlib` for `/data/x`, `s3://bucket/x`, `https://…`. A write is seen whole or not at all: by
+A path is a `UPath` (universal-pathlib): `pathlib` for `/data/x`, `s3://bucket/x`, `https://…`. A write is seen whole
+or not at all: by
 a rename on a local disk, by the one PUT of an object store.
 """
 
@@ -31,7 +32,9 @@ class FileRecord(TypedDict):
 
 
 def locate(url: str | UPath) -> UPath:
-    """The path behind a local path or fsspec URL. Raises: `ConfigError` where no client for its protocol is installed."""
+    """The path behind a local path or fsspec URL. Raises: `ConfigError` where no client for its protocol is
+    installed.
+    """
     try:
         path = UPath(url)
         path.fs  # noqa: B018 - importing the client is what may fail
@@ -130,8 +133,6 @@ def remove(path: UPath) -> None:
     """Removes a file or a folder with all in it; nothing where it is not there."""
     if path.exists():
         path.fs.rm(path.path, recursive=True)
-
-
 
 
 def as_url(path: UPath) -> str:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from rich.console import Console
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import METRICS, PATIENTS, RESEARCH_ONLY, Label, Split
 from malaria_ray.statistics.intervals import bootstrap_over_patients
 from malaria_ray.statistics.metrics import cell_metrics
@@ -45,12 +46,16 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there already."""
+    """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there
+    already.
+    """
     results = storage.locate(config.results)
     success = outputs.check_complete(results, "screen")
     marker = results / "metrics" / outputs.SUCCESS
     identity = {
-        "predictions": {name: record["sha256"] for name, record in success["files"].items() if name.startswith("predictions/")},
+        "predictions": {
+            name: record["sha256"] for name, record in success["files"].items() if name.startswith("predictions/")
+        },
         "threshold": success["threshold"],
         "n_resamples": config.n_resamples,
         "seed": config.seed,
@@ -62,14 +67,18 @@ def run(config: Config) -> None:
         files = _evaluate(config, results, success)
         storage.write_json(marker, {"identity": identity, "files": files})
     _print_report(
-        storage.read_table(results / "metrics").to_pandas(), storage.read_table(results / "patients").to_pandas(), success
+        storage.read_table(results / "metrics").to_pandas(),
+        storage.read_table(results / "patients").to_pandas(),
+        success,
     )
 
 
 def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[str, storage.FileRecord]:
     predictions = storage.read_table(results / "predictions").to_pandas()
     threshold = float(success["threshold"])
-    patients = patient_counts(predictions["patient_id"], predictions["label"], predictions["score"], threshold=threshold)
+    patients = patient_counts(
+        predictions["patient_id"], predictions["label"], predictions["score"], threshold=threshold
+    )
     rows: list[dict[str, Any]] = []
     labelled = predictions[predictions["label"].notna()]
     for split, cells in labelled.groupby(split_of(labelled, results)):
@@ -87,11 +96,14 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
 def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
     """Split of each prediction in the run that scored it: train, val, test, or `unseen`.
 
-    Images are recognised by their content, so a folder and a zip of the same files are the same images. Bytes that stand in several
+    Images are recognised by their content, so a folder and a zip of the same files are the same images. Bytes that
+    stand in several
     splits count by their name, else as the split that the model saw most of: train before val before test.
     """
     splits = storage.read_table(results / "model" / "splits.parquet", columns=["image_id", "content_digest", "split"])
-    known = splits.to_pandas().assign(order=lambda table: table["split"].map({split.value: i for i, split in enumerate(Split)}))
+    known = splits.to_pandas().assign(
+        order=lambda table: table["split"].map({split.value: i for i, split in enumerate(Split)})
+    )
     by_digest = known.sort_values("order").drop_duplicates("content_digest").set_index("content_digest")["split"]
     by_both = known.set_index(["image_id", "content_digest"])["split"]
     both = pd.MultiIndex.from_frame(predictions[["image_id", "content_digest"]])
@@ -104,7 +116,12 @@ def _metric_rows(cells: pd.DataFrame, split: str, *, threshold: float, config: C
     label, score = cells["label"].to_numpy(np.int64), cells["score"].to_numpy(np.float32)
     values = cell_metrics(label, score, threshold=threshold)
     intervals = bootstrap_over_patients(
-        label, score, cells["patient_id"], threshold=threshold, n_resamples=config.n_resamples, seed=config.seed
+        label,
+        score,
+        cells["patient_id"],
+        threshold=threshold,
+        n_resamples=config.n_resamples,
+        seed=config.seed,
     )
     rows = _rows(values, intervals, split=split, level="cell", n=len(cells), threshold=threshold)
     patients = patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold)
@@ -115,7 +132,13 @@ def _metric_rows(cells: pd.DataFrame, split: str, *, threshold: float, config: C
 
 
 def _rows(
-    values: dict[str, float], intervals: dict[str, tuple[float, float]], *, split: str, level: str, n: int, threshold: float
+    values: dict[str, float],
+    intervals: dict[str, tuple[float, float]],
+    *,
+    split: str,
+    level: str,
+    n: int,
+    threshold: float,
 ) -> list[dict[str, Any]]:
     rows = []
     for name, value in values.items():
@@ -140,28 +163,63 @@ _SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "f1_weigh
 
 def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[str, Any]) -> None:
     """What the article prints, by split: metrics, the classification report and the confusion matrix."""
-    console = Console()
+    out = console()
     cells = metrics[metrics["level"] == "cell"]
     if cells.empty:
-        console.print("No image has a label, so there are no metrics; patients/ has what was counted for each patient.")
-    for split in [split for split in (*Split, UNSEEN) if (cells["split"] == split).any()]:
-        of_split = cells[cells["split"] == split].set_index("metric")
-        value = of_split["value"]
-        n_patients = metrics[(metrics["level"] == "patient") & (metrics["split"] == split)]["n"].max()
-        title = f"{success['model']} on {split}: {of_split['n'].iloc[0]:,} cells"
-        title += "" if pd.isna(n_patients) else f" of {int(n_patients)} patients"
-        table = RichTable("metric", "value", "95 % interval", title=title + (" (synthetic)" if success["is_synthetic"] else ""))
-        for name in _SHOWN:
-            table.add_row(name, _number(value[name]), _interval(of_split["ci_low"][name], of_split["ci_high"][name]))
-        console.print(table)
-        report = RichTable("class", "precision", "recall", "f1", "called uninfected", "called parasitized")
-        counts = [("n_true_negative", "n_false_positive"), ("n_false_negative", "n_true_positive")]
-        for label, suffix, (uninfected, parasitized) in zip(Label, ("_uninfected", ""), counts, strict=True):
-            recall = "recall_uninfected" if suffix else "sensitivity"
-            shown = (value[f"precision{suffix}"], value[recall], value[f"f1{suffix}"])
-            report.add_row(label.name, *map(_number, shown), f"{value[uninfected]:,.0f}", f"{value[parasitized]:,.0f}")
-        console.print(report)
-    console.print(f"{len(patients):,} patients in patients/; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}")
+        out.print("No image has a label, so there are no metrics; patients/ has what was counted for each patient.")
+    splits = [split for split in (*Split, UNSEEN) if (cells["split"] == split).any()]
+    if splits:
+        out.print(_metrics_table(cells, splits, success))
+    for split in [split for split in splits if split in (Split.test, UNSEEN)] or splits[-1:]:
+        out.print(_classification_report(cells[cells["split"] == split].set_index("metric")["value"], split))
+    out.print(
+        f"{len(patients):,} patients in patients/; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}"
+    )
+
+
+def _metrics_table(cells: pd.DataFrame, splits: Sequence[str], success: dict[str, Any]) -> RichTable:
+    """Metrics by row, splits by column, with their intervals."""
+    title = f"{success['model']}, by cell, 95 % intervals over patients" + (
+        " (synthetic)" if success["is_synthetic"] else ""
+    )
+    of_split = {split: cells[cells["split"] == split].set_index("metric") for split in splits}
+    table = RichTable("metric", *(f"{split} ({rows['n'].iloc[0]:,})" for split, rows in of_split.items()), title=title)
+    for name in _SHOWN:
+        table.add_row(
+            name,
+            *(
+                _number(rows["value"][name]) + _interval(rows["ci_low"][name], rows["ci_high"][name])
+                for rows in of_split.values()
+            ),
+        )
+    return table
+
+
+def _classification_report(value: pd.Series, split: str) -> RichTable:
+    """Precision, recall and F1 of each class and its row of the confusion matrix."""
+    report = RichTable(
+        "label",
+        "precision",
+        "recall",
+        "f1",
+        "called uninfected",
+        "called parasitized",
+        title=f"{split} split",
+    )
+    for label, precision, recall, f1, uninfected, parasitized in (
+        (
+            Label.uninfected,
+            "precision_uninfected",
+            "recall_uninfected",
+            "f1_uninfected",
+            "n_true_negative",
+            "n_false_positive",
+        ),
+        (Label.parasitized, "precision", "sensitivity", "f1", "n_false_negative", "n_true_positive"),
+    ):
+        rates = (_number(value[name]) for name in (precision, recall, f1))
+        report.add_row(label.name, *rates, f"{value[uninfected]:,.0f}", f"{value[parasitized]:,.0f}")
+    return report
 
 
 def _number(value: float) -> str:
@@ -169,6 +227,4 @@ def _number(value: float) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    return "" if pd.isna(low) else f"{low:.4f} – {high:.4f}"
-
-
+    return "" if pd.isna(low) else f" ({low:.3f} – {high:.3f})"

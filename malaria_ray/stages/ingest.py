@@ -14,23 +14,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from rich.console import Console
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import crop_pixels, read_cells
 from malaria_ray.cells.images import PREPROCESSING, Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.progress import progress
 from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.storage import FileRecord
+from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import MANIFEST, OK, QUARANTINE, Label, crops_table
 from malaria_ray.stages.pictures import samples_figure
 
@@ -132,13 +131,16 @@ def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
         return 0
     if finished:
         log.info("%d of %d shards were finished before", n_shards - len(todo), n_shards)
-    # Tasks take slices of one shared copy; only the shard's number travels. Each reads, decodes and writes by itself, so no pixels
+    # Tasks take slices of one shared copy; only the shard's number travels. Each reads, decodes and writes by
+    # itself, so no pixels
     # pass through the object store.
     shared = ray.put(listing)
     ray_dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-        _decode_shard, fn_kwargs={"listing": [shared], "dataset": storage.as_url(dataset), "image_size": image_size}, num_cpus=1
+        _decode_shard,
+        fn_kwargs={"listing": [shared], "dataset": storage.as_url(dataset), "image_size": image_size},
+        num_cpus=1,
     )
-    n_files = sum(shard.num_rows for i, shard in enumerate(shards(listing, _SHARD_ROWS)) if {"shard": i} in todo)
+    n_files: int = sum(listing.slice(row["shard"] * _SHARD_ROWS, _SHARD_ROWS).num_rows for row in todo)
     n_bad = 0
     with progress("ingest", n_files) as report:
         for row in ray_dataset.iter_rows():
@@ -170,7 +172,9 @@ def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, imag
 def _crops(usable: pa.Table, pixels: Pixels, image_size: int) -> pa.Table:
     schema = crops_table(image_size).arrow_schema()
     type_ = schema.field("image").type
-    images = pa.FixedSizeBinaryArray.from_buffers(type_, len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))])
+    images = pa.FixedSizeBinaryArray.from_buffers(
+        type_, len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))]
+    )
     return usable.append_column("image", images).select(schema.names).cast(schema)
 
 
@@ -186,7 +190,9 @@ def _publish(dataset: UPath) -> tuple[pa.Table, dict[str, FileRecord]]:
     for file in sorted((work / "records").glob("*.json"), key=lambda path: path.name):
         files.update(storage.read_json(file))
     files["manifest.parquet"] = storage.write_table(dataset / "manifest.parquet", manifest)
-    files[f"quarantine/{storage.part_name(0)}"] = storage.write_table(dataset / "quarantine" / storage.part_name(0), quarantine)
+    files[f"quarantine/{storage.part_name(0)}"] = storage.write_table(
+        dataset / "quarantine" / storage.part_name(0), quarantine
+    )
     return manifest, files
 
 
@@ -197,16 +203,21 @@ def _check_bad_fraction(manifest: pa.Table, dataset: UPath, allowed: float) -> N
         raise TooManyBadImagesError(
             f"{n_bad:,} of {manifest.num_rows:,} files cannot be used ("
             + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
-            + f"), more than --max-bad-fraction {allowed}; look at {dataset / 'quarantine'}, then correct the archive or run again "
+            + f"), more than --max-bad-fraction {allowed}; look at {dataset / 'quarantine'}, then correct the "
+            f"archive or run again "
             "with a larger fraction, which decodes nothing anew"
         )
 
 
 def _dataset_digest(manifest: pa.Table, image_size: int) -> str:
-    """First 16 hex digits of a SHA-256 over every row of the manifest and the preprocessing: the name of these exact data."""
+    """First 16 hex digits of a SHA-256 over every row of the manifest and the preprocessing: the name of these exact
+    data.
+    """
     digest = hashlib.sha256(f"{PREPROCESSING} {image_size}".encode())
     for row in manifest.sort_by("image_id").to_pylist():
-        digest.update(repr([row[name] for name in ("image_id", "label", "patient_id", "content_digest", "status")]).encode())
+        digest.update(
+            repr([row[name] for name in ("image_id", "label", "patient_id", "content_digest", "status")]).encode()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -229,7 +240,11 @@ def _summary(manifest: pa.Table, config: Config) -> dict[str, Any]:
         "n_unlabelled": int(usable["label"].isna().sum()),
         "quarantine_reasons": cells.loc[cells["status"] != OK, "status"].value_counts().to_dict(),
         "image_size": config.image_size,
-        "measured": {"of": of, "n": len(measured), "pixels": {side: _spread(measured[side]) for side in ("width", "height")}},
+        "measured": {
+            "of": of,
+            "n": len(measured),
+            "pixels": {side: _spread(measured[side]) for side in ("width", "height")},
+        },
         "is_synthetic": bool(cells["image_id"].str.contains("SYNTHETIC").any()),
     }
 
@@ -237,7 +252,12 @@ def _summary(manifest: pa.Table, config: Config) -> dict[str, Any]:
 def _spread(pixels: pd.Series) -> dict[str, float] | None:
     if pixels.empty:
         return None
-    return {"min": int(pixels.min()), "mean": round(float(pixels.mean()), 2), "median": float(pixels.median()), "max": int(pixels.max())}
+    return {
+        "min": int(pixels.min()),
+        "mean": round(float(pixels.mean()), 2),
+        "median": float(pixels.median()),
+        "max": int(pixels.max()),
+    }
 
 
 def _samples(dataset: UPath, manifest: pa.Table, config: Config) -> bytes:
@@ -269,7 +289,7 @@ def _samples(dataset: UPath, manifest: pa.Table, config: Config) -> bytes:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    console = Console()
+    out = console()
     counts = RichTable("", "images", title="dataset" + (" (synthetic images)" if summary["is_synthetic"] else ""))
     for name, n in (
         *summary["n_by_label"].items(),
@@ -279,14 +299,14 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("patients", summary["n_patients"]),
     ):
         counts.add_row(name, f"{n:,}")
-    console.print(counts)
+    out.print(counts)
     for reason, n in summary["quarantine_reasons"].items():
-        console.print(f"  quarantine {reason}: {n:,}", highlight=False)
+        out.print(f"  quarantine {reason}: {n:,}")
     measured = summary["measured"]
     sizes = RichTable("pixels", "min", "mean", "median", "max", title=f"{measured['of']} ({measured['n']:,})")
     for side, spread in measured["pixels"].items():
         if spread:
             sizes.add_row(side, *(f"{spread[key]:g}" for key in ("min", "mean", "median", "max")))
-    console.print(sizes)
+    out.print(sizes)
     if sum(n > 0 for n in summary["n_by_label"].values()) == 1 and not summary["n_unlabelled"]:
-        console.print("one class only: this dataset can be screened, not trained on")
+        out.print("one class only: this dataset can be screened, not trained on")

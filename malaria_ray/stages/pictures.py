@@ -30,12 +30,21 @@ def samples_figure(pixels: Pixels, titles: Sequence[str], heading: str) -> bytes
 
 
 def learning_curves_figure(history: pd.DataFrame, *, best_epoch: int, heading: str) -> bytes:
-    """Accuracy and loss over the epochs, training and validation, the best epoch marked. `history`: the HISTORY columns."""
+    """Accuracy and loss over the epochs, training and validation, the best epoch marked. `history`: the HISTORY
+    columns.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{heading} · {RESEARCH_ONLY}", fontsize=10)
     for axis, name in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         for split, colour in (("train", _TRAIN), ("val", _VAL)):
-            axis.plot(history["epoch"], history[f"{split}_{name}"], marker="o", markersize=3, color=colour, label=split)
+            axis.plot(
+                history["epoch"],
+                history[f"{split}_{name}"],
+                marker="o",
+                markersize=3,
+                color=colour,
+                label=split,
+            )
         axis.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch {best_epoch}")
         axis.set_xlabel("epoch")
         axis.set_ylabel(name)
@@ -49,5 +58,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-

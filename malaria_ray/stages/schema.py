@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 
 from malaria_ray.errors import ConfigError
+from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import REASON_MEANING, SCHEMA_VERSION, TABLES
 
 
@@ -25,15 +25,17 @@ class Config:
 
 
 def run(config: Config) -> None:
-    console = Console()
+    out = console()
     for table in [TABLES[config.table]] if config.table else TABLES.values():
-        shown = RichTable("column", "type", "unit", "meaning", title=f"{table.name}: {table.meaning}", title_justify="left")
+        shown = RichTable(
+            "column", "type", "unit", "meaning", title=f"{table.name}: {table.meaning}", title_justify="left"
+        )
         for column in table.columns:
             shown.add_row(column.name, str(column.type), column.unit or "", column.meaning)
-        console.print(shown)
+        out.print(shown)
     if config.table in (None, "quarantine"):
         reasons = RichTable("reason", "meaning", title="quarantine reasons", title_justify="left")
         for reason, meaning in REASON_MEANING.items():
             reasons.add_row(reason.value, meaning)
-        console.print(reasons)
-    console.print(f"schema version {SCHEMA_VERSION}")
+        out.print(reasons)
+    out.print(f"schema version {SCHEMA_VERSION}")

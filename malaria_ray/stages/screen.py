@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
-from rich.console import Console
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
@@ -33,10 +32,10 @@ from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.progress import progress
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.runtime.storage import FileRecord
-from malaria_ray.schema import LISTING, OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Split
+from malaria_ray.runtime.terminal import console, progress
+from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Split
 
 log = logging.getLogger("malaria_ray")
 
@@ -97,15 +96,19 @@ class ScoringPlan:
 
 
 def run(config: Config) -> None:
-    """Makes the results; does nothing where they are finished; goes on where an earlier run of the same config stopped."""
+    """Makes the results; does nothing where they are finished; goes on where an earlier run of the same config
+    stopped.
+    """
     begun = time.monotonic()
     results, run_path = storage.locate(config.results), storage.locate(config.model)
     trained = outputs.check_complete(run_path, "train")
     archive = open_archive(config.source)
     if isinstance(archive, DatasetArchive) and archive.image_size != trained["image_size"]:
         raise ModelError(
-            f"{config.source} holds crops of {archive.image_size} × {archive.image_size} pixels, the model of {config.model} takes "
-            f"{trained['image_size']} × {trained['image_size']}; screen the archive itself, or a dataset of that --image-size"
+            f"{config.source} holds crops of {archive.image_size} × {archive.image_size} pixels, the model of "
+            f"{config.model} takes "
+            f"{trained['image_size']} × {trained['image_size']}; screen the archive itself, or a dataset of that "
+            f"--image-size"
         )
     rule = patient_rule(config.patients, config.patient_pattern)
     identity = {
@@ -178,7 +181,9 @@ def _check_model_file(run_path: UPath, name: str, digest: str) -> None:
     if not (run_path / name).exists():
         raise ModelError(f"{run_path / name} is missing; train the run anew or restore the file")
     if storage.record_of(run_path / name)["sha256"] != digest:
-        raise ModelError(f"{run_path / name} is not the file that training wrote (its SHA-256 differs); restore it or train anew")
+        raise ModelError(
+            f"{run_path / name} is not the file that training wrote (its SHA-256 differs); restore it or train anew"
+        )
 
 
 def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"]) -> pa.Table:
@@ -214,7 +219,9 @@ class _Scorer:
         return (
             cells.table.append_column("key", listing["key"])
             .append_column("score", pa.array(scores, mask=~ok))
-            .append_column("predicted_label", pa.array((scores >= np.float32(plan.threshold)).astype(np.int8), mask=~ok))
+            .append_column(
+                "predicted_label", pa.array((scores >= np.float32(plan.threshold)).astype(np.int8), mask=~ok)
+            )
             .append_column("model", pa.repeat(plan.model, n))
             .append_column("run_id", pa.repeat(plan.run_id, n))
         )
@@ -230,7 +237,7 @@ def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, *, n_actors
             storage.write_table(work / "listing" / storage.part_name(n_blocks - 1), block)
         storage.write_json(work / "blocks.json", {"n_blocks": n_blocks})
     n_before = _n_rows((work / "scored").glob("*.parquet")) if (work / "scored").exists() else 0
-    todo = listing.num_rows - n_before
+    todo: int = listing.num_rows - n_before
     if n_before:
         log.info("%s of %s images were scored before", f"{n_before:,}", f"{listing.num_rows:,}")
     if todo <= 0:
@@ -305,7 +312,8 @@ def _scored_rows(results: UPath, listing: pa.Table) -> pa.Table:
     rows = storage.concat([pq.read_table(pa.BufferReader(file.read_bytes())) for file in files]).sort_by("key")
     if not rows["key"].equals(listing["key"]):
         raise InvariantError(
-            f"{rows.num_rows:,} rows were scored of {listing.num_rows:,} files, {pc.count_distinct(rows['key']).as_py():,} of them "
+            f"{rows.num_rows:,} rows were scored of {listing.num_rows:,} files, "
+            f"{pc.count_distinct(rows['key']).as_py():,} of them "
             f"different; {results} is not published: keep it and report this"
         )
     return rows
@@ -353,23 +361,30 @@ def _counts(rows: pa.Table) -> dict[str, Any]:
 def _check_bad_fraction(counts: dict[str, Any], results: UPath, allowed: float) -> None:
     if counts["n_quarantined"] > allowed * counts["n_files"]:
         raise TooManyBadImagesError(
-            f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used ({counts['quarantine_reasons']}), more than "
-            f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then correct the archive or run again with a larger "
+            f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used "
+            f"({counts['quarantine_reasons']}), more than "
+            f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then correct the archive or run again "
+            f"with a larger "
             "fraction, which scores nothing anew"
         )
 
 
 def _print_summary(success: dict[str, Any]) -> None:
     counts = success["counts"]
-    table = RichTable("", "images", title=f"results of {success['run_id']}" + (" (synthetic)" if success["is_synthetic"] else ""))
+    table = RichTable(
+        "",
+        "images",
+        title=f"results of {success['run_id']}" + (" (synthetic)" if success["is_synthetic"] else ""),
+    )
     table.add_row("files", f"{counts['n_files']:,}")
     table.add_row("scored", f"{counts['n_scored']:,}")
-    table.add_row(f"called {Label.parasitized.name} (score ≥ {success['threshold']:g})", f"{counts['n_called_parasitized']:,}")
+    table.add_row(
+        f"called {Label.parasitized.name} (score ≥ {success['threshold']:g})",
+        f"{counts['n_called_parasitized']:,}",
+    )
     table.add_row("in quarantine", f"{counts['n_quarantined']:,}")
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for reason, n in counts["quarantine_reasons"].items():
-        console.print(f"  quarantine {reason}: {n:,}", highlight=False)
-    console.print(RESEARCH_ONLY)
-
-
+        out.print(f"  quarantine {reason}: {n:,}")
+    out.print(RESEARCH_ONLY)

@@ -1,4 +1,6 @@
-"""train: a dataset becomes a run. Split by patient → Ray Train → the best epoch's weights as model.keras and model.onnx."""
+"""train: a dataset becomes a run. Split by patient → Ray Train → the best epoch's weights as model.keras and
+model.onnx.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,6 @@ import pandas as pd
 import pyarrow as pa
 import ray
 import ray.train
-from ray.train.tensorflow import TensorflowTrainer  # loads TensorFlow here too: Ray's package does
 from ray.util.queue import Queue
 from tyro.conf import Positional
 from upath import UPath
@@ -29,6 +30,7 @@ from malaria_ray.models import ModelName
 from malaria_ray.models.export import export
 from malaria_ray.models.training import Examples, TrainingPlan, train_worker
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.quiet import stderr_silenced
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.schema import HISTORY, SPLITS, Split
 from malaria_ray.stages.pictures import learning_curves_figure
@@ -79,13 +81,17 @@ class Config:
             if value < low:
                 raise ConfigError(f"{name} {value}: must be at least {low}")
         if self.num_workers > self.batch_size:
-            raise ConfigError(f"--num-workers {self.num_workers}: each needs an image of the batch of {self.batch_size}")
+            raise ConfigError(
+                f"--num-workers {self.num_workers}: each needs an image of the batch of {self.batch_size}"
+            )
         if not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
 
 
 def run(config: Config) -> None:
-    """Makes the run; does nothing where it is finished; goes on from the last checkpoint where an earlier run stopped."""
+    """Makes the run; does nothing where it is finished; goes on from the last checkpoint where an earlier run
+    stopped.
+    """
     begun = time.monotonic()
     path, dataset = storage.locate(config.run), storage.locate(config.dataset)
     success = outputs.check_complete(dataset, "ingest")
@@ -138,11 +144,14 @@ def run(config: Config) -> None:
         storage.write_bytes(path / f"model.{name}", exported[name])
         files[f"model.{name}"] = storage.record_of(path / f"model.{name}")
     files["history.parquet"] = storage.write_table(
-        path / "history.parquet", pa.Table.from_pandas(history, schema=HISTORY.arrow_schema(), preserve_index=False)
+        path / "history.parquet",
+        pa.Table.from_pandas(history, schema=HISTORY.arrow_schema(), preserve_index=False),
     )
-    best_row = history.loc[history["val_loss"].idxmin()]
+    best_row = history.iloc[int(history["val_loss"].argmin())]
     run_id = f"{config.model}-{hashlib.sha256(exported['onnx']).hexdigest()[:12]}"
-    figure = learning_curves_figure(history, best_epoch=int(best_row["epoch"]), heading=f"{run_id}, split by {config.split_by}")
+    figure = learning_curves_figure(
+        history, best_epoch=int(best_row["epoch"]), heading=f"{run_id}, split by {config.split_by}"
+    )
     storage.write_bytes(path / "learning_curves.png", figure)
     outputs.finish(
         path,
@@ -188,7 +197,8 @@ def _check_resources(num_workers: int, cpus_per_worker: int) -> None:
     have = n_cpus()
     if num_workers * cpus_per_worker > have:
         raise TrainingError(
-            f"{num_workers} workers of {cpus_per_worker} CPUs need {num_workers * cpus_per_worker}, the cluster has {have}; "
+            f"{num_workers} workers of {cpus_per_worker} CPUs need {num_workers * cpus_per_worker}, the cluster has "
+            f"{have}; "
             "lower --num-workers or --cpus-per-worker, or add nodes"
         )
 
@@ -214,6 +224,9 @@ def _examples(cells: pd.DataFrame, chosen: pd.Series, parts: list[Any]) -> Examp
 
 
 def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
+    with stderr_silenced():  # Ray's package loads TensorFlow in the driver, whose greetings no log level stops
+        from ray.train.tensorflow import TensorflowTrainer
+
     filesystem, root = storage.arrow_filesystem(path)
     trainer = TensorflowTrainer(
         train_worker,
@@ -233,9 +246,11 @@ def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
-        causes = [cause for cause in getattr(error, "worker_failures", {}).values()]
+        causes = list(getattr(error, "worker_failures", {}).values())
         cause = next((c for c in causes if isinstance(_cause(c), MalariaRayError)), causes[0] if causes else error)
-        raise TrainingError(f"training stopped: {_cause(cause)}; run the same command again to go on from the last checkpoint") from error
+        raise TrainingError(
+            f"training stopped: {_cause(cause)}; run the same command again to go on from the last checkpoint"
+        ) from error
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""verify: proves from the files alone that a finished directory is what its stage left there, each image exactly once."""
+"""verify: proves from the files alone that a finished directory is what its stage left there, each image exactly
+once.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.console import Console
 from tyro.conf import Positional
 from upath import UPath
 
 from malaria_ray.errors import DirectoryError, InvariantError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, SCHEMA_VERSION, SPLITS, Table
 
 _N_NAMED = 10
@@ -21,7 +23,9 @@ _N_NAMED = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Checks a dataset, run or results directory; fails with the offending image ids where a row is missing, doubled or changed."""
+    """Checks a dataset, run or results directory; fails with the offending image ids where a row is missing, doubled
+    or changed.
+    """
 
     directory: Positional[str]
     """Directory made by 'malaria-ray ingest', 'train' or 'screen'."""
@@ -40,7 +44,7 @@ def run(config: Config) -> None:
     if faults:
         raise InvariantError(f"{path} does not hold: " + "; ".join(faults))
     n_files, counts = len(success["files"]), success["counts"]
-    Console().print(f"{path} holds: {n_files} files as written; {counts}", highlight=False, soft_wrap=True)
+    console().print(f"{path} holds: {n_files} files as written; {counts}", highlight=False, soft_wrap=True)
 
 
 def _file_faults(path: UPath, files: dict[str, Any]) -> Iterator[str]:
@@ -60,7 +64,9 @@ def _file_faults(path: UPath, files: dict[str, Any]) -> Iterator[str]:
 
 
 def _extra_files(path: UPath, files: dict[str, Any]) -> Iterator[str]:
-    """Parquet files in the tables' folders that the stage did not write: every reader of the folder would count them."""
+    """Parquet files in the tables' folders that the stage did not write: every reader of the folder would count
+    them.
+    """
     for folder in sorted({name.rpartition("/")[0] for name in files if "/" in name}):
         for file in sorted((path / folder).glob("*"), key=lambda file: file.name):
             if f"{folder}/{file.name}" not in files:
@@ -73,7 +79,10 @@ def _dataset_faults(path: UPath) -> Iterator[str]:
     if manifest is None:
         return
     is_ok = pc.equal(manifest["status"], OK)
-    for folder, wanted in (("crops", manifest.filter(is_ok)), ("quarantine", manifest.filter(pc.invert(is_ok)))):
+    for folder, wanted in (
+        ("crops", manifest.filter(is_ok)),
+        ("quarantine", manifest.filter(pc.invert(is_ok))),
+    ):
         yield from _difference(f"{folder}/", wanted["image_id"], _ids_of_parts(path / folder))
     yield from _doubled("manifest.parquet", manifest["image_id"])
 
@@ -110,7 +119,10 @@ def _schema_faults(folder: UPath, table: Table) -> Iterator[str]:
         except (pa.ArrowInvalid, OSError):
             continue  # told by its record already
         if schema.names != table.names:
-            yield f"{folder.name}/{part.name} has the columns {schema.names}, not those of schema version {SCHEMA_VERSION}"
+            yield (
+                f"{folder.name}/{part.name} has the columns {schema.names}, not those of schema version "
+                f"{SCHEMA_VERSION}"
+            )
 
 
 def _ids(file: UPath, **more: bool) -> pa.Table | None:

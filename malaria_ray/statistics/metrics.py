@@ -91,9 +91,7 @@ def precision_recall_curve(label: ArrayLike, score: ArrayLike) -> pd.DataFrame:
     return pd.DataFrame(np.column_stack([threshold, sensitivity, precision])[rows], columns=columns)
 
 
-def calibration_curve(
-    label: ArrayLike, score: ArrayLike, *, n_bins: int = N_CALIBRATION_BINS
-) -> pd.DataFrame:
+def calibration_curve(label: ArrayLike, score: ArrayLike, *, n_bins: int = N_CALIBRATION_BINS) -> pd.DataFrame:
     """Columns score_low, score_high, n, mean_score, observed_share; one row for each bin that has cells.
 
     The bins are of equal width and hold the scores in (score_low, score_high], the first also 0;
@@ -182,9 +180,7 @@ class ScoredCells:
     sums: Floats
 
 
-def tabulate(
-    label: Integers, score: NDArray[np.floating[Any]], patient: Integers, threshold: float
-) -> ScoredCells:
+def tabulate(label: Integers, score: NDArray[np.floating[Any]], patient: Integers, threshold: float) -> ScoredCells:
     """The table that `weighted_metrics` needs, from cells that `check_cells` passed.
 
     `patient` is (n,) int64 with each of 0..p-1. The rows are put into one order first, so that not even the
@@ -192,9 +188,7 @@ def tabulate(
     """
     order = np.lexsort((label, patient, -score))
     label, score, patient = label[order], score[order], patient[order]
-    return ScoredCells(
-        label, patient, _last_of_score(score), _sums_by_patient(label, score, patient, threshold)
-    )
+    return ScoredCells(label, patient, _last_of_score(score), _sums_by_patient(label, score, patient, threshold))
 
 
 def weighted_metrics(cells: ScoredCells, weights: Iterable[Integers]) -> dict[str, Floats]:
@@ -254,9 +248,7 @@ def _calibration_bin(score: NDArray[np.floating[Any]], n_bins: int) -> Integers:
     return np.searchsorted(np.linspace(0, 1, n_bins + 1)[1:-1], score.astype(np.float64)).astype(np.int64)
 
 
-def _sums_by_patient(
-    label: Integers, score: NDArray[np.floating[Any]], patient: Integers, threshold: float
-) -> Floats:
+def _sums_by_patient(label: Integers, score: NDArray[np.floating[Any]], patient: Integers, threshold: float) -> Floats:
     n_patients = int(patient.max()) + 1
     outcome = 4 * patient + 2 * label + called_parasitized(score, threshold)
     outcomes = np.bincount(outcome, minlength=4 * n_patients).reshape(n_patients, 4)
@@ -282,14 +274,10 @@ def _rank_sums(cells: ScoredCells, weight: Integers) -> Floats:
     precision = np.divide(true_positives, called, out=np.zeros(len(called)), where=called > 0)
     n_uninfected = false_positives[-1]
     at_specificity = [
-        np.append(0, true_positives)[
-            np.searchsorted(false_positives, n_uninfected * allowed // 1000, side="right")
-        ]
+        np.append(0, true_positives)[np.searchsorted(false_positives, n_uninfected * allowed // 1000, side="right")]
         for allowed in _FALSE_POSITIVES_PER_MILLE.values()
     ]
-    return np.array(
-        [true_positives[-1], n_uninfected, twice_area, gained @ precision, *at_specificity], float
-    )
+    return np.array([true_positives[-1], n_uninfected, twice_area, gained @ precision, *at_specificity], float)
 
 
 def _metrics_of_sums(sums: Floats) -> dict[str, Floats]:

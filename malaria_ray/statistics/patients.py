@@ -55,9 +55,7 @@ def patient_counts(
     n_parasitized = per_patient(called)
     any_unlabelled = per_patient(np.isnan(labels)) > 0
     unless_parasitized = np.where(any_unlabelled, np.nan, float(Label.uninfected))
-    patient_label = np.where(
-        per_patient(labels == Label.parasitized) > 0, Label.parasitized, unless_parasitized
-    )
+    patient_label = np.where(per_patient(labels == Label.parasitized) > 0, Label.parasitized, unless_parasitized)
     ci_low, ci_high = wilson(n_parasitized, n_cells, confidence)
     return pd.DataFrame(
         {

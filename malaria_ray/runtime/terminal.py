@@ -1,4 +1,6 @@
-"""Progress of long work: a bar on a terminal, a plain log line now and then elsewhere."""
+"""What people see: tables on stdout, and the progress of long work, a bar on a terminal and plain log lines
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger("malaria_ray")
 
 _LOG_EVERY_S = 10.0
+
+
+_PLAIN_WIDTH = 110  # columns of a table where there is no terminal to ask
+
+
+def console() -> Console:
+    """Where tables are printed: stdout, as wide as the terminal."""
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
 
 
 class Report(Protocol):
@@ -67,6 +77,15 @@ def _lines(what: str, total: int, unit: str) -> Report:
         rate = done / max(now - begun, 1e-9)
         left = (total - done) / rate if rate else float("inf")
         ending = f", {left:,.0f} s left" if done < total else f" in {now - begun:,.1f} s"
-        log.info("%s: %s of %s %s, %.0f/s%s%s", what, f"{done:,}", f"{total:,}", unit, rate, ending, f" {note}" if note else "")
+        log.info(
+            "%s: %s of %s %s, %.0f/s%s%s",
+            what,
+            f"{done:,}",
+            f"{total:,}",
+            unit,
+            rate,
+            ending,
+            f" {note}" if note else "",
+        )
 
     return report
