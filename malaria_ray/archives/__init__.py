@@ -41,11 +41,11 @@ def open_archive(url: str) -> Archive:
     if url == "nih":
         return nih_archive()
     path = storage.locate(url)
-    if path.name.lower().endswith(".zip"):
+    if path.name.lower().endswith(".zip") and not (storage.is_local(path) and path.is_dir()):
         return ZipArchive(path)
     try:
         is_there, is_folder = path.exists(), path.is_dir()
-    except OSError as error:
+    except Exception as error:  # object stores' clients raise kinds of their own, botocore's NoCredentialsError say
         raise ArchiveError(f"{url} cannot be looked at: {error}; check the address and your permissions") from error
     if not is_there:
         raise ArchiveError(

@@ -25,32 +25,58 @@ class FolderArchive:
         return {"archive": self.url}
 
     def places(self) -> Iterator[pa.Table]:
-        root = self.path.path.rstrip("/")
         batch: list[tuple[str, int, str]] = []
-        for folder, _, files in self.path.fs.walk(root, detail=True):
-            inside = str(folder)[len(root) :].strip("/")
-            for name, info in files.items():
-                if info["name"].rstrip("/") == root:  # object stores list the folder's own marker
-                    continue
-                # Reading a pipe or a device would wait for ever, so only the method 'file' is ever opened.
-                method = "file" if info["type"] == "file" else str(info["type"])
-                batch.append((f"{inside}/{name}" if inside else name, int(info.get("size") or 0), method))
-                if len(batch) == _BATCH:
-                    yield self._table(batch)
-                    batch = []
+        for name, info in self._files():
+            method = self._method(info)
+            try:
+                name.encode()
+            except UnicodeEncodeError:  # a disk takes any bytes for a name, a table of strings does not
+                name, method = name.encode("utf-8", "backslashreplace").decode(), "a file whose name is not UTF-8"
+            batch.append((name, int(info.get("size") or 0), method))
+            if len(batch) == _BATCH:
+                yield self._table(batch)
+                batch = []
         if batch:
             yield self._table(batch)
 
+    def _files(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(path below the root, what fsspec tells) of all that is no folder.
+
+        Raises: `ArchiveError` where a folder cannot be listed; `fs.walk` would leave out its files without a word.
+        """
+        root = self.path.path.rstrip("/")
+        waiting = [root]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                found = self.path.fs.ls(folder or "/", detail=True)
+            except Exception as error:  # object stores' clients raise kinds of their own
+                raise ArchiveError(f"{folder or '/'} cannot be listed: {error}; check that it can be read") from error
+            for info in found:
+                name: str = info["name"]
+                is_itself = name.rstrip("/") == folder.rstrip("/")
+                if info["type"] == "directory" and not is_itself:
+                    waiting.append(name.rstrip("/"))
+                elif not (
+                    is_itself and info["type"] == "file" and not info.get("size")
+                ):  # an object store's folder marker
+                    yield name[len(root) :].lstrip("/"), info
+
+    def _method(self, info: dict[str, Any]) -> str:
+        """`file`, or what it is instead: reading a pipe or a device would wait for ever, so only `file` is ever opened."""
+        if not info.get("islink"):
+            return "file" if info["type"] == "file" else f"a {info['type']}"
+        try:
+            target = self.path.fs.info(info["name"])["type"]
+        except OSError:
+            return "a broken link"
+        return "file" if target == "file" else f"a link to a {target}"
+
     def _table(self, batch: list[tuple[str, int, str]]) -> pa.Table:
         names, sizes, methods = zip(*batch, strict=True)
-        try:
-            image_ids = pa.array(names, pa.string())
-        except UnicodeEncodeError as error:
-            name = next(name for name in names if not name.isprintable())
-            raise ArchiveError(f"{self.url}: the file name {name!r} is not valid UTF-8; rename it") from error
         return pa.table(
             {
-                "image_id": image_ids,
+                "image_id": pa.array(names, pa.string()),
                 "n_bytes": pa.array(sizes, pa.int64()),
                 "container": pa.repeat(storage.as_url(self.path), len(names)),
                 "method": pa.array(methods, pa.string()),

@@ -46,8 +46,8 @@ def listing_digest(listing: pa.Table) -> str:
     for name in ("image_id", "n_bytes", "label", "patient_id"):
         column = pc.fill_null(pc.cast(listing[name], pa.string()), "\x00")
         for chunk in column.chunks:
-            digest.update("\x01".join(chunk.to_pylist()).encode("utf-8", "surrogatepass"))
-            digest.update(b"\x02")
+            digest.update("".join(f"{text}\x01" for text in chunk.to_pylist()).encode())
+        digest.update(b"\x02")
     return digest.hexdigest()[:16]
 
 

@@ -24,5 +24,5 @@ def cache_folder() -> Path:
 
 def nih_archive() -> ZipArchive:
     """The downloaded `cell_images.zip`; a mirror's URL may stand in MALARIA_RAY_NIH_URL. Raises: `ArchiveError`."""
-    url = os.environ.get("MALARIA_RAY_NIH_URL", NIH_URL)
+    url = os.environ.get("MALARIA_RAY_NIH_URL") or NIH_URL
     return ZipArchive(storage.locate(str(download(url, cache_folder() / "cell_images.zip"))))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ MAX_FILE_BYTES = 512 * 1024**2
 
 _READ_BYTES = 32 * 1024**2  # files are read in groups of about this size, so memory does not grow with the shard
 _REQUEST_BYTES = 4 * 1024**2  # neighbours in one container are read by one request of up to this size
+_WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try of a read that failed
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # another try would say the same
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
@@ -31,9 +34,8 @@ class Cells:
     """The cells of some listing rows.
 
     `table`: the columns image_id, label, patient_id, n_bytes, width, height, content_digest, status, detail; one row
-    per listing row,
-        in its order. `pixels`: uint8 (n_ok, size, size, 3), RGB, one for each row whose status is `ok`, in the same
-        order.
+    per listing row, in its order. `pixels`: uint8 (n_ok, size, size, 3), RGB, one for each row whose status is `ok`,
+    in the same order.
     """
 
     table: pa.Table
@@ -41,9 +43,7 @@ class Cells:
 
 
 def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
-    """Reads, decodes and resizes the files of a listing. A file that cannot be used becomes a status, never an
-    error.
-    """
+    """Reads, decodes and resizes the files of a listing. What cannot be used becomes a status, never an error."""
     if listing.num_rows and listing["method"][0].as_py() == "crops":
         return _read_crops(listing, image_size=image_size)
     n = listing.num_rows
@@ -122,8 +122,8 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
         return
     root = storage.locate(rows[0]["container"])
     prefix = root.path.rstrip("/") + "/"
-    loaded = root.fs.cat_ranges([prefix + row["image_id"] for row in rows], None, None, on_error="return")
-    for data in loaded:
+    n = len(rows)
+    for data in _fetch(root.fs, [prefix + row["image_id"] for row in rows], [None] * n, [None] * n):
         yield data if isinstance(data, bytes) else _unreadable(data)
 
 
@@ -133,12 +133,8 @@ def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
         return
     container = storage.locate(rows[0]["container"])
     requests = _requests([(row["offset"], row["offset"] + row["span"]) for row in rows])
-    fetched = container.fs.cat_ranges(
-        [container.path] * len(requests),
-        [start for start, _ in requests],
-        [end for _, end in requests],
-        on_error="return",
-    )
+    starts, ends = [start for start, _ in requests], [end for _, end in requests]
+    fetched = _fetch(container.fs, [container.path] * len(requests), starts, ends)
     held = -1
     for row in rows:
         start, end = row["offset"], row["offset"] + row["span"]
@@ -148,10 +144,33 @@ def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
             yield _unreadable(data)
             continue
         base = requests[held][0]
+        if len(data) > requests[held][1] - base:
+            yield ReadError(
+                Reason.UNREADABLE, "the server sent more than was asked for: it does not answer range requests"
+            )
+            continue
         try:
             yield _unpack(data[start - base : end - base], row)
         except ReadError as error:
             yield error
+
+
+def _fetch(
+    fs: Any, paths: list[str], starts: Sequence[int | None], ends: Sequence[int | None]
+) -> list[bytes | BaseException]:
+    """The bytes of each range, or what the last try of it raised."""
+    fetched: list[bytes | BaseException] = fs.cat_ranges(paths, list(starts), list(ends), on_error="return")
+    for wait_s in _WAITS_S:
+        failed = [i for i, data in enumerate(fetched) if not isinstance(data, (bytes, *_FINAL))]
+        if not failed:
+            break
+        time.sleep(wait_s)
+        again = fs.cat_ranges(
+            [paths[i] for i in failed], [starts[i] for i in failed], [ends[i] for i in failed], on_error="return"
+        )
+        for i, data in zip(failed, again, strict=True):
+            fetched[i] = data
+    return fetched
 
 
 def _requests(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

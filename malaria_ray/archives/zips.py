@@ -14,10 +14,11 @@ from malaria_ray.runtime import storage
 
 _METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflate"}
 _ENCRYPTED = 0x1
+_LONGEST_HEADER = 30 + 2 * 0xFFFF  # a local header with the longest name and extra field
 
 
 class ZipArchive:
-    """All members of a .zip but its folders; `image_id` is the member's name. `cached` is a local copy of `path`."""
+    """All members of a .zip but its folders; `image_id` is the member's name."""
 
     def __init__(self, path: UPath):
         self.path = path
@@ -26,10 +27,8 @@ class ZipArchive:
     def identity(self) -> dict[str, Any]:
         try:
             info = self.path.fs.info(self.path.path)
-        except FileNotFoundError as error:
-            raise ArchiveError(f"{self.url} is not there; check the path") from error
-        except OSError as error:
-            raise ArchiveError(f"{self.url} cannot be reached: {error}") from error
+        except Exception as error:
+            raise self._not_reached(error) from error
         return {"archive": self.url, "archive_bytes": info["size"]}
 
     def places(self) -> Iterator[pa.Table]:
@@ -44,7 +43,7 @@ class ZipArchive:
                 "container": pa.repeat(storage.as_url(self.path), len(members)),
                 "method": pa.array([_method(member) for member in members], pa.string()),
                 "offset": pa.array([member.header_offset for member in members], pa.int64()),
-                "span": pa.array([ends[member.header_offset] - member.header_offset for member in members], pa.int64()),
+                "span": pa.array([_span(member, ends[member.header_offset]) for member in members], pa.int64()),
                 "packed_bytes": pa.array([member.compress_size for member in members], pa.int64()),
                 "crc32": pa.array([member.CRC for member in members], pa.int64()),
             }
@@ -54,19 +53,34 @@ class ZipArchive:
         try:
             with self.path.fs.open(self.path.path, "rb") as file, zipfile.ZipFile(file) as archive:
                 return archive.infolist(), archive.start_dir
-        except FileNotFoundError as error:
-            raise ArchiveError(f"{self.url} is not there; check the path") from error
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, UnicodeDecodeError) as error:
             raise ArchiveError(
                 f"{self.url} is no complete zip archive: {error}; it may have been cut off, fetch it again"
             ) from error
-        except (ValueError, NotImplementedError) as error:  # what fsspec says where a server gives no ranges
-            raise ArchiveError(
+        except (ValueError, NotImplementedError) as error:
+            if storage.is_local(self.path) or "zip file version" in str(error):
+                raise ArchiveError(
+                    f"{self.url} is not a zip archive that can be read: {error}; pack it anew"
+                ) from error
+            raise ArchiveError(  # what fsspec says where a server gives no ranges
                 f"{self.url}: the server does not answer range requests ({error}), which reading a zip in place needs; "
                 "download the file and give its path"
             ) from error
-        except OSError as error:
-            raise ArchiveError(f"{self.url} cannot be read: {error}") from error
+        except Exception as error:
+            raise self._not_reached(error) from error
+
+    def _not_reached(self, error: Exception) -> ArchiveError:
+        """One line for what the clients raise: fsspec's HTTP says 'not found' of every failure, botocore has its own kinds."""
+        if isinstance(error, FileNotFoundError):
+            why = f" ({error.__cause__})" if error.__cause__ else ""
+            return ArchiveError(f"{self.url} is not there{why}; check the path")
+        return ArchiveError(f"{self.url} cannot be read: {error}; check the address and your permissions")
+
+
+def _span(member: zipfile.ZipInfo, end: int) -> int:
+    """Bytes to read for a member whose next neighbour begins at `end`, without what may lie unused between them."""
+    longest = _LONGEST_HEADER + member.compress_size
+    return max(0, min(end - member.header_offset, longest))
 
 
 def _method(member: zipfile.ZipInfo) -> str:

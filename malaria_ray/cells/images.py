@@ -62,9 +62,8 @@ def declared_size(data: bytes, kind: str) -> tuple[int, int] | None:
     """(width, height) in pixels that the header promises, without decoding; None where the header is unreadable.
 
     Where a TIFF's tiles or strips are larger than the image theirs counts, because that is what a decoder allocates.
-    Read by
-    hand: Pillow takes the memory of a WebP's whole canvas to tell its size, and raises what it warns of where
-    warnings are errors.
+    Read by hand: Pillow maps the whole canvas of a WebP to tell its size, and its warnings of odd TIFF tags become
+    exceptions where warnings are errors.
     """
     try:
         return _SIZE_OF[kind](data)
@@ -77,8 +76,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
 
     Returns: uint8 (height, width, 3), RGB, 0..255.
     Raises: `ImageRefused` with the reason `empty_file`, `not_an_image`, `too_large`, `truncated` or `corrupt`. A
-    file that
-        declares more than `max_pixels` is refused from its header, before memory is taken.
+        file that declares more than `max_pixels` is refused from its header, before memory is taken.
     """
     if not data:
         raise ImageRefused(Reason.EMPTY_FILE, "0 bytes")
@@ -86,14 +84,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     if kind is None:
         raise ImageRefused(Reason.NOT_AN_IMAGE, f"begins with {data[:8]!r}; allowed are PNG, JPEG, TIFF, BMP and WebP")
     size = declared_size(data, kind)
-    still = _still_png(data) if kind == "PNG" else data
-    if size is None or still is None:
-        raise _damaged(data, kind, "its header or records cannot be followed")
+    if size is None:
+        raise _damaged(data, kind, "its header cannot be followed")
     if size[0] * size[1] > max_pixels:
         raise ImageRefused(
             Reason.TOO_LARGE,
             f"{kind} header declares {size[0]} × {size[1]} pixels; at most {max_pixels:,} are decoded",
         )
+    still = _still_png(data) if kind == "PNG" else data
+    if still is None:
+        raise _damaged(data, kind, "a record reaches beyond the end of the file")
     try:
         pixels = cv2.imdecode(np.frombuffer(still, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
@@ -198,7 +198,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
-    tags = _tiff_tags(data)
+    tags, _ = _tiff_tags(data)
     width, height = (max(tags[tag], default=0) for tag in (_TIFF_WIDTH, _TIFF_HEIGHT))
     piece_width = max(tags.get(_TIFF_TILE_WIDTH, ()), default=0)
     piece_height = max(tags.get(_TIFF_TILE_HEIGHT) or tags.get(_TIFF_ROWS_PER_STRIP) or (), default=0)
@@ -209,50 +209,41 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
 
 def _tiff_ends_early(data: bytes) -> bool:
     try:
-        tags = _tiff_tags(data)
+        tags, end = _tiff_tags(data)
     except (struct.error, OverflowError):  # the directory, often the end of the file, is not there
         return True
-    for offsets, lengths in _TIFF_PLACES:
-        if any(
-            offset + length > len(data)
-            for offset, length in zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)
-        ):
-            return True
-    return False
+    for offsets, lengths in _TIFF_PIECES:
+        pieces = zip(tags.get(offsets, ()), tags.get(lengths, ()), strict=False)
+        end = max([end, *(offset + length for offset, length in pieces)])
+    return end > len(data)
 
 
-def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """Values of those tags of the first directory that tell sizes and places. Raises: `struct.error` beyond the end."""
+def _tiff_tags(data: bytes) -> tuple[dict[int, tuple[int, ...]], int]:
+    """Of the first directory: the values of the tags that tell sizes and places; where the last value of any tag ends.
+
+    Raises: `struct.error`, `OverflowError` where the directory or one of those values is beyond the end of the file.
+    """
     order = "<" if data[:2] == b"II" else ">"
-    if b"+" in data[2:4]:  # BigTIFF
-        start, count, entry, pointer = (
-            8,
-            struct.Struct(order + "Q"),
-            struct.Struct(order + "HHQ"),
-            struct.Struct(order + "Q"),
-        )
-    else:
-        start, count, entry, pointer = (
-            4,
-            struct.Struct(order + "H"),
-            struct.Struct(order + "HHI"),
-            struct.Struct(order + "I"),
-        )
-    at = pointer.unpack_from(data, start)[0]
-    n_entries = count.unpack_from(data, at)[0]
-    at += count.size
+    is_big = b"+" in data[2:4]  # BigTIFF
+    start, count, entry, pointer = (8, "Q", "HHQ", "Q") if is_big else (4, "H", "HHI", "I")
+    n_pointer = struct.calcsize("=" + pointer)
+    at = struct.unpack_from(order + pointer, data, start)[0]
+    n_entries = struct.unpack_from(order + count, data, at)[0]
+    at += struct.calcsize("=" + count)
+    step = struct.calcsize("=" + entry) + n_pointer
     tags: dict[int, tuple[int, ...]] = {}
-    for _ in range(n_entries):
-        tag, type_, n = entry.unpack_from(data, at)
-        if tag in _TIFF_TAGS and (code := _TIFF_INTEGERS.get(type_)):
-            value_at = at + entry.size
-            if n * struct.calcsize("=" + code) > pointer.size:
-                value_at = pointer.unpack_from(data, value_at)[0]
+    end = at
+    for place in range(at, at + n_entries * step, step):
+        tag, type_, n = struct.unpack_from(order + entry, data, place)
+        value_at, n_bytes = place + step - n_pointer, n * _TIFF_TYPE_BYTES.get(type_, 0)
+        if n_bytes > n_pointer:
+            value_at = struct.unpack_from(order + pointer, data, value_at)[0]
+        end = max(end, value_at + n_bytes)
+        if tag in _TIFF_TAGS and type_ in _TIFF_INTEGERS:
             if n > len(data):
                 raise struct.error("more values than bytes")
-            tags[tag] = struct.unpack_from(f"{order}{n}{code}", data, value_at)
-        at += entry.size + pointer.size
-    return tags
+            tags[tag] = struct.unpack_from(f"{order}{n}{_TIFF_INTEGERS[type_]}", data, value_at)
+    return tags, end
 
 
 _PNG_END = b"IEND\xaeB`\x82"
@@ -260,11 +251,10 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the others are tables
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
+_TIFF_TYPE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), start=1)) | {16: 8, 17: 8, 18: 8}
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ROWS_PER_STRIP, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT = 256, 257, 278, 322, 323
-_TIFF_PLACES = ((273, 279), (324, 325))  # offsets and lengths of the strips, of the tiles
-_TIFF_TAGS = frozenset(
-    {_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ROWS_PER_STRIP, _TIFF_TILE_WIDTH, _TIFF_TILE_HEIGHT, 273, 279, 324, 325}
-)
+_TIFF_PIECES = ((273, 279), (324, 325))  # offsets and lengths of the strips, of the tiles
+_TIFF_TAGS = frozenset({256, 257, 273, 278, 279, 322, 323, 324, 325})
 _SIZE_OF: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "PNG": _png_size,
     "JPEG": _jpeg_size,

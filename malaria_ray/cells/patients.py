@@ -41,7 +41,7 @@ def compiled_pattern(expression: str) -> re.Pattern[str]:
     if "patient" not in pattern.groupindex:
         raise PatientMappingError(
             f"--patient-pattern {expression!r} has no group named patient; write the part that names it as "
-            f"(?P<patient>…)"
+            "(?P<patient>…)"
         )
     return pattern
 
@@ -51,17 +51,24 @@ def parse_mapping(text: str, *, source: str) -> Iterator[tuple[str, str]]:
 
     Each line is a key, then a bracketed list of quoted file names with unquoted commas, then trailing commas: no CSV
     reader takes it. A first line without file names is a header. `source` names the file in errors.
-    Raises: `PatientMappingError` for a later line without file names.
+    Raises: `PatientMappingError` for a later line without file names, or where no line has any.
     """
-    for number, line in enumerate(text.splitlines(), start=1):
+    n_names = 0
+    text = text.removeprefix("\ufeff")  # the byte order mark that spreadsheets put first
+    for number, line in enumerate(text.split("\n"), start=1):
         key, _, names = line.partition(",")
         found = [single or double for single, double in _QUOTED.findall(names)]
-        if not found and number > 1 and line.strip(" ,"):
+        n_names += len(found)
+        if not found and number > 1 and line.strip(" ,\r"):
             raise PatientMappingError(
                 f"{source} line {number}: found {line[:60]!r}; expected KEY,['file.png', …] as in the NIH mapping files"
             )
         for name in found:
             yield name, key.strip()
+    if not n_names:
+        raise PatientMappingError(
+            f"{source} names no files; expected lines of KEY,['file.png', …] as in the NIH mapping files"
+        )
 
 
 def label_of(image_id: str) -> Label | None:

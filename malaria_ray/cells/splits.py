@@ -1,6 +1,4 @@
-"""Which image goes to training, validation and test; which fold. Pure functions of names, labels, patients and a
-seed.
-"""
+"""Which image goes to training, validation and test. Pure functions of names, labels, patients and a seed."""
 
 from __future__ import annotations
 
@@ -24,10 +22,8 @@ def assign_splits(cells: pd.DataFrame, *, by: SplitBy, seed: int) -> pd.Series:
     """Split of each cell, `train`, `val` or `test`, 60:10:30 with the classes balanced between them.
 
     `cells`: columns image_id, patient_id, label (0 or 1), one row per usable image, in any order: the result depends
-    on the
-    content alone. By `patient` all cells of a patient go together (stratified group folds); by `image` every cell
-    for itself, as in the
-    article, which lets the same patient into training and test.
+    on the content alone. By `patient` all cells of a patient go together (stratified group folds); by `image` every
+    cell for itself, as in the article, which lets the same patient into training and test.
     Returns: a string series with the index of `cells`.
     Raises: `DatasetError` where labels or patients are missing or a split would lack a class.
     """
@@ -54,8 +50,7 @@ def check_trainable(cells: pd.DataFrame, *, by: SplitBy) -> None:
         first = cells.loc[cells["label"].isna(), "image_id"].min()
         raise DatasetError(
             f"{unlabelled} of {len(cells)} cells have no label, {first!r} the first; training needs all of them in "
-            f"folders named "
-            "Parasitized or Uninfected"
+            "folders named Parasitized or Uninfected"
         )
     if cells["label"].nunique() < len(Label):
         found = ", ".join(Label(int(value)).name for value in cells["label"].unique()) or "no cells at all"
@@ -64,15 +59,15 @@ def check_trainable(cells: pd.DataFrame, *, by: SplitBy) -> None:
     if by == "patient" and without:
         first = cells.loc[cells["patient_id"].isna(), "image_id"].min()
         raise DatasetError(
-            f"{without} of {len(cells)} cells have no patient, {first!r} the first; give their mapping to 'ingest "
-            f"--patients' or "
-            "their rule to 'ingest --patient-pattern', or train with --split-by image"
+            f"{without} of {len(cells)} cells have no patient, {first!r} the first; give their mapping to "
+            "'ingest --patients' or their rule to 'ingest --patient-pattern', or train with --split-by image"
         )
 
 
 def _folds(cells: pd.DataFrame, *, by: SplitBy, n_folds: int, seed: int) -> np.ndarray:
     """Fold of each row of `cells`, int64 in 0..n_folds-1; the rows' order does not matter."""
-    ordered = cells.sort_values("image_id")
+    order = np.argsort(cells["image_id"].to_numpy(dtype=object), kind="stable")
+    ordered = cells.iloc[order]
     group = "patient_id" if by == "patient" else "image_id"
     n_groups = ordered[group].nunique()
     if n_groups < n_folds:
@@ -80,11 +75,17 @@ def _folds(cells: pd.DataFrame, *, by: SplitBy, n_folds: int, seed: int) -> np.n
             f"{n_groups} {by}s cannot be divided 60:10:30; at least {n_folds} are needed"
             + (", or use --split-by image" if by == "patient" else "")
         )
+    most = int(ordered["label"].value_counts().max())
+    if most < n_folds:
+        raise DatasetError(
+            f"{len(ordered)} cells, {most} of the commoner class, cannot be divided 60:10:30; at least {n_folds} of a "
+            "class are needed"
+        )
     folds = np.empty(len(ordered), np.int64)
     stratified = StratifiedGroupKFold if by == "patient" else StratifiedKFold
     splitter = stratified(n_splits=n_folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():  # a class with fewer patients than folds is looked at afterwards, by its split
         warnings.simplefilter("ignore", UserWarning)
         for fold, (_, rows) in enumerate(splitter.split(ordered, ordered["label"].astype(int), ordered[group])):
-            folds[rows] = fold
-    return pd.Series(folds, index=ordered.index).loc[cells.index].to_numpy()
+            folds[order[rows]] = fold
+    return folds

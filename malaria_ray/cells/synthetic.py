@@ -67,9 +67,9 @@ def _smear(seed: int, patient: int) -> _Smear:
         chromatin=between((0.24, 1.75, 0.16), (0.26, 1.75, 0.34), 0.10),
         dirt=between((0.50, 0.80, 0.15), (0.40, 0.85, 0.30), 0.12),
         radius=rng.uniform(58, 70),
-        pallor=rng.beta(1.2, 3.0),
+        pallor=rng.beta(1.2, 2.4),
         rim=rng.uniform(2.0, 7.0),
-        n_specks=rng.gamma(0.8, 1.5),
+        n_specks=rng.gamma(0.6, 1.3),
         blur=rng.uniform(0.8, 1.6),
         grain=rng.uniform(1.0, 2.2),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.request
@@ -15,30 +16,34 @@ _ATTEMPTS = 5
 
 
 def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float = 1.0) -> Path:
-    """Fetches `url` to `target`, unless it is there; a part fetched before is continued, also after another
-    process's death.
+    """Fetches `url` to `target`, unless it is there; a part that an earlier process left is continued.
 
     The size must be the one that the server announces; only then does `target` appear.
     Raises: `ArchiveError` after `attempts` tries without progress, `wait_s` seconds apart and doubling.
     """
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArchiveError(f"{target.parent} cannot be made: {error}; set MALARIA_RAY_CACHE to another folder") from error
     part = target.with_name(target.name + ".part")
     failures, before = 0, -1
     while True:
         try:
             _continue(url, part)
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL at all
             size = part.stat().st_size if part.exists() else 0
             failures = 1 if size > before else failures + 1
             before = size
-            permanent = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
+            permanent = isinstance(error, ValueError) or (
+                isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
+            )
             if permanent or failures >= attempts:
+                kept = f"; {size:,} bytes are kept in {part} and the next run goes on from there" if size else ""
                 raise ArchiveError(
-                    f"{url} could not be downloaded: {error}; {size:,} bytes are kept in {part} and the next run "
-                    f"goes on from "
-                    f"there. Without a network, fetch the file elsewhere and put it at {target}"
+                    f"{url} could not be downloaded: {error}{kept}. Without a network, fetch the file elsewhere and put "
+                    f"it at {target}"
                 ) from error
             time.sleep(wait_s * 2 ** (failures - 1))
         else:
@@ -60,6 +65,8 @@ def _continue(url: str, part: Path) -> None:
     with response:
         if response.status != 206:
             have = 0  # the server sent the whole file again
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError(f"the server sent {response.headers.get('Content-Range')} where bytes {have}- were asked for")
         total = have + int(response.headers.get("Content-Length", -1 - have))
         with (
             part.open("ab" if have else "wb") as file,

@@ -36,7 +36,7 @@ def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], o
     identity = json.loads(json.dumps(identity, default=str))
     if overwrite:
         _check_is_ours(path, stage)
-        storage.remove(path)
+        _empty(path, stage)
     found = _read_config(path, stage)
     if found is None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -83,9 +83,12 @@ def check_complete(path: UPath, stage: str) -> dict[str, Any]:
     if not (path / SUCCESS).exists():
         raise NotCompleteError(
             f"{path} is not complete: no {SUCCESS}; run 'malaria-ray {stage}' again to finish it, or choose another "
-            f"directory"
+            "directory"
         )
-    return storage.read_json(path / SUCCESS)
+    try:
+        return storage.read_json(path / SUCCESS)
+    except ValueError as error:
+        raise DirectoryError(f"{path / SUCCESS} is damaged: {error}; make {path} anew with --overwrite") from error
 
 
 def read_config(path: UPath, stage: str) -> dict[str, Any]:
@@ -106,16 +109,35 @@ def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        content = storage.read_json(file)
+        content: Any = storage.read_json(file)
     except ValueError as error:
         raise DirectoryError(f"{file} is damaged: {error}; choose another directory") from error
-    return content if content.get("stage") == stage else None
+    if not isinstance(content, dict) or content.get("stage") != stage:
+        return None
+    if not isinstance(content.get("identity"), dict):
+        raise DirectoryError(f"{file} is damaged: it has no identity; choose another directory")
+    return content
 
 
 def _check_is_ours(path: UPath, stage: str) -> None:
     """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and stage_of(path) != stage:
         raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'; --overwrite does not delete it")
+
+
+def _empty(path: UPath, stage: str) -> None:
+    """Deletes all in a directory of the stage, which stays itself: it may be a mount point, or where the shell stands.
+
+    Killed half-way it leaves a config that no later run takes for its own, so that no half of a result is resumed.
+    """
+    config = path / _CONFIG_FILE[stage]
+    if not config.exists():
+        return
+    storage.write_json(config, {"stage": stage, "identity": {"deletion": "begun by --overwrite, not finished"}})
+    for child in list(path.iterdir()):
+        if child.name != config.name:
+            storage.remove(child)
+    storage.remove(config)
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,8 +1,7 @@
 """Files behind fsspec URLs: paths, whole-file reads and writes, Parquet tables.
 
 A path is a `UPath` (universal-pathlib): `pathlib` for `/data/x`, `s3://bucket/x`, `https://…`. A write is seen whole
-or not at all: by
-a rename on a local disk, by the one PUT of an object store.
+or not at all: by a rename on a local disk, by the one PUT of an object store.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -32,9 +32,12 @@ class FileRecord(TypedDict):
 
 
 def locate(url: str | UPath) -> UPath:
-    """The path behind a local path or fsspec URL. Raises: `ConfigError` where no client for its protocol is
-    installed.
+    """The path behind a local path or fsspec URL.
+
+    Raises: `ConfigError` where it is empty or no client for its protocol is installed.
     """
+    if not str(url):
+        raise ConfigError("an empty path was given; allowed are local paths and fsspec URLs")
     try:
         path = UPath(url)
         path.fs  # noqa: B018 - importing the client is what may fail
@@ -43,6 +46,7 @@ def locate(url: str | UPath) -> UPath:
             f"{url}: {error}; allowed are local paths and fsspec URLs whose client is installed "
             "(pip install 'malaria-ray[s3]' for s3://, 'malaria-ray[gcs]' for gs://)"
         ) from error
+    path.fs.dircache.use_listings_cache = False  # else a folder once listed never shows what other processes write
     return path.absolute() if is_local(path) else path
 
 
@@ -65,7 +69,8 @@ def write_bytes(path: UPath, data: bytes | memoryview) -> None:
         return
     target = Path(path.path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Random and not the process id: processes in two containers on one shared disk may have the same id.
+    unfinished = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with unfinished.open("wb") as file:
             file.write(data)
@@ -111,7 +116,11 @@ def record_of(path: UPath) -> FileRecord:
 
 def parts(folder: UPath) -> list[UPath]:
     """The `part-*.parquet` files of a table in order; none where the folder is not there."""
-    return sorted(folder.glob("part-*.parquet"), key=lambda path: path.name) if folder.exists() else []
+    if not folder.exists():
+        return []
+    # Not by glob: in the URL of an object store it takes a folder named run[1] for a pattern.
+    found = (path for path in folder.iterdir() if path.name.startswith("part-") and path.name.endswith(".parquet"))
+    return sorted(found, key=lambda path: path.name)
 
 
 def part_name(index: int) -> str:

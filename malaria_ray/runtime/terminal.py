@@ -71,17 +71,18 @@ def _lines(what: str, total: int, unit: str) -> Report:
         nonlocal done, last
         done += n
         now = time.monotonic()
-        if done < total and now - last < _LOG_EVERY_S:
+        if (done < total or not total) and now - last < _LOG_EVERY_S:
             return
         last = now
         rate = done / max(now - begun, 1e-9)
         left = (total - done) / rate if rate else float("inf")
         ending = f", {left:,.0f} s left" if done < total else f" in {now - begun:,.1f} s"
+        whole = f"{total:,}" if total else "an unknown number of"
         log.info(
             "%s: %s of %s %s, %.0f/s%s%s",
             what,
             f"{done:,}",
-            f"{total:,}",
+            whole,
             unit,
             rate,
             ending,

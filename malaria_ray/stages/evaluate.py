@@ -19,7 +19,7 @@ from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import METRICS, PATIENTS, RESEARCH_ONLY, Label, Split
-from malaria_ray.statistics.intervals import bootstrap_over_patients
+from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import cell_metrics
 from malaria_ray.statistics.patients import patient_counts, patient_metrics
 
@@ -125,37 +125,35 @@ def _metric_rows(cells: pd.DataFrame, split: str, *, threshold: float, config: C
     )
     rows = _rows(values, intervals, split=split, level="cell", n=len(cells), threshold=threshold)
     patients = patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold)
-    if len(patients):
-        of_patients = patient_metrics(patients)
-        rows += _rows(of_patients, {}, split=split, level="patient", n=len(patients), threshold=threshold)
+    of_patients = patient_metrics(patients) if len(patients) else {}
+    for name, value in of_patients.items():
+        n = int(of_patients["n_patients_uninfected"]) if name.startswith("false_positive_rate") else len(patients)
+        rows += _rows({name: value}, {}, split=split, level="patient", n=n, threshold=threshold)
     return rows
 
 
 def _rows(
-    values: dict[str, float],
-    intervals: dict[str, tuple[float, float]],
-    *,
-    split: str,
-    level: str,
-    n: int,
-    threshold: float,
+    values: dict[str, float], intervals: dict[str, Interval], *, split: str, level: str, n: int, threshold: float
 ) -> list[dict[str, Any]]:
-    rows = []
-    for name, value in values.items():
-        low, high = intervals.get(name, (math.nan, math.nan))
-        numbers = {"value": value, "ci_low": low, "ci_high": high}
-        rows.append(
-            {
-                "model": None,
-                "split": split,
-                "level": level,
-                "metric": name,
-                **{key: None if math.isnan(number) else number for key, number in numbers.items()},
-                "n": n,
-                "threshold": threshold,
-            }
-        )
-    return rows
+    undefined = (math.nan, math.nan)
+    return [
+        {
+            "model": None,
+            "split": split,
+            "level": level,
+            "metric": name,
+            "value": _or_null(value),
+            "ci_low": _or_null(intervals.get(name, undefined)[0]),
+            "ci_high": _or_null(intervals.get(name, undefined)[1]),
+            "n": n,
+            "threshold": threshold,
+        }
+        for name, value in values.items()
+    ]
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 _SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "f1_weighted", "roc_auc")

@@ -5,8 +5,23 @@ drawn with replacement (Rutter 2000, Bootstrap estimation of diagnostic accuracy
 `label`, `score` and `threshold` are as in `statistics.metrics`; `patient` is (n,) of patient ids.
 
 The resamples give the standard error, and the interval is a t interval on the logit of the metric (the log
-for log loss): it stays in the metric's range and is skewed as the distribution of rates near 0 and 1 is. ??
-coverage
+for log loss), so it stays in the metric's range and is skewed as rates near 0 and 1 are. The percentiles of the
+resamples, the usual choice, are too narrow for few patients and lie too high for a high rate. Share of nominal
+95 % intervals that held the true sensitivity, in 1,000 simulated sets (`parasitized_cells` in
+tests/statistics/test_intervals.py), 300 resamples each:
+
+    patients  mean cells  sensitivity  correlation in a patient  here    percentiles
+    10        60          0.90         0.05                      93.5 %  87.4 %
+    20        60          0.90         0.05                      94.1 %  91.2 %
+    40        60          0.90         0.05                      94.8 %  92.6 %
+    40        60          0.97         0.10                      91.0 %  87.5 %
+    40        100         0.99         0.02                      93.2 %  91.4 %
+    150       140         0.97         0.10                      93.4 %  92.2 %
+
+In simulated screenings of 40 patients (600 sets) the other metrics were covered by 91 to 95 %, sensitivity at a
+specificity of 0.999 by 88 %. Where few patients have nearly all the errors (an error rate of 0.7 %), rates and
+areas were covered by 70 to 81 %, with percentiles by 56 to 72 %: no resample holds a kind of patient that the
+sample has missed.
 """
 
 from __future__ import annotations
@@ -16,7 +31,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit, ndtri, stdtrit  # type: ignore[import-untyped]
+from scipy.special import expit, logit, ndtri, stdtrit
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.schema import Label
@@ -69,7 +84,7 @@ def bootstrap_over_patients(
     The interval of `expected_calibration_error` is for that error as estimated from so many cells, which is
     too large: in bins with few cells chance looks like bad calibration.
 
-    On one core 1,000 resamples take ?? s for 30,000 cells and ?? s for a million, whose memory is ?? MB.
+    On one core 1,000 resamples take about 1 s for 30,000 cells, 30 to 45 s and 120 MB for a million.
 
     Raises DatasetError for bad labels, scores or lengths, ConfigError for a flag out of range.
     """

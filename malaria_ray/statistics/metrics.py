@@ -273,8 +273,9 @@ def _rank_sums(cells: ScoredCells, weight: Integers) -> Floats:
     twice_area = (2 * true_positives - gained) @ np.diff(false_positives, prepend=0)
     precision = np.divide(true_positives, called, out=np.zeros(len(called)), where=called > 0)
     n_uninfected = false_positives[-1]
+    from_none = np.append(0, true_positives)
     at_specificity = [
-        np.append(0, true_positives)[np.searchsorted(false_positives, n_uninfected * allowed // 1000, side="right")]
+        from_none[np.searchsorted(false_positives, n_uninfected * allowed // 1000, side="right")]
         for allowed in _FALSE_POSITIVES_PER_MILLE.values()
     ]
     return np.array([true_positives[-1], n_uninfected, twice_area, gained @ precision, *at_specificity], float)

@@ -20,9 +20,7 @@ from malaria_ray.statistics.metrics import cell_metrics
 # Sixteenths, so that most scores are tied with others and many lie on the threshold or a bin's edge.
 TIED_SCORES = st.integers(0, 16).map(lambda sixteenths: sixteenths / 16)
 FLOAT32_SCORES = st.floats(0, 1, width=32)
-CELLS = st.lists(
-    st.tuples(st.integers(0, 1), st.one_of(TIED_SCORES, FLOAT32_SCORES)), min_size=1, max_size=60
-)
+CELLS = st.lists(st.tuples(st.integers(0, 1), st.one_of(TIED_SCORES, FLOAT32_SCORES)), min_size=1, max_size=60)
 THRESHOLDS = st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0])
 
 
@@ -115,9 +113,7 @@ def test_metrics_equal_those_of_scikit_learn(cells: list[tuple[int, float]], thr
         expected = scikit_learn_metrics(label, score, threshold)
     found = cell_metrics(label, score, threshold=threshold)
     # scikit-learn computes log loss and Brier score of float32 scores in float32.
-    assert {name: found[name] for name in expected} == pytest.approx(
-        expected, rel=1e-5, abs=1e-6, nan_ok=True
-    )
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
 
 
 def test_metrics_of_many_cells_equal_those_of_scikit_learn() -> None:
@@ -182,8 +178,7 @@ def test_expected_calibration_error_is_the_gap_of_the_calibration_curve(
         (
             [0, 1],
             [0.6, 0.7],
-            {"negative_predictive_value", "precision_uninfected", "precision_weighted"}
-            | {"matthews_correlation"},
+            {"negative_predictive_value", "precision_uninfected", "precision_weighted"} | {"matthews_correlation"},
         ),
     ],
     ids=["only uninfected", "only parasitized", "nothing called", "everything called"],

@@ -58,9 +58,7 @@ def test_the_table_is_that_of_the_schema(cells: pd.DataFrame) -> None:
 @settings(deadline=None)
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(["P1", "P2", "C1", None]), st.sampled_from([0, 1, None]), st.integers(0, 8)
-        ),
+        st.tuples(st.sampled_from(["P1", "P2", "C1", None]), st.sampled_from([0, 1, None]), st.integers(0, 8)),
         min_size=1,
         max_size=30,
     )
@@ -96,9 +94,7 @@ def test_counts_do_not_depend_on_row_order() -> None:
         ([], [], [], "no cells"),
     ],
 )
-def test_bad_rows_are_named(
-    patient_id: list[str], label: list[object], score: list[float], message: str
-) -> None:
+def test_bad_rows_are_named(patient_id: list[str], label: list[object], score: list[float], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         patient_counts(patient_id, label, score, threshold=0.5)  # type: ignore[arg-type]
 
@@ -152,7 +148,7 @@ def test_the_bootstrap_takes_patients_as_its_cells() -> None:
     label = np.arange(40) % 2
     fraction = np.clip(rng.normal(0.2 + 0.3 * label, 0.2), 0, 1)
     value = patient_metrics(patients(*zip(label, fraction, strict=True)))["roc_auc"]
-    low, high = bootstrap_over_patients(
-        label, fraction, np.arange(40), threshold=0.5, seed=0, n_resamples=200
-    )["roc_auc"]
+    low, high = bootstrap_over_patients(label, fraction, np.arange(40), threshold=0.5, seed=0, n_resamples=200)[
+        "roc_auc"
+    ]
     assert low < value < high

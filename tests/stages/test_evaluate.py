@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
+from stages.conftest import Line, content
+
+from malaria_ray.schema import METRICS, PATIENTS
+from malaria_ray.stages import evaluate, screen
+
+
+@pytest.fixture(scope="module")
+def evaluated(line: Line) -> Path:
+    evaluate.run(evaluate.Config(results=str(line.results), n_resamples=100))
+    return line.results
+
+
+def test_metrics_of_each_split_equal_scikit_learns(line: Line, evaluated: Path):
+    metrics = pq.read_table(evaluated / "metrics").to_pandas()
+    assert list(metrics.columns) == METRICS.names
+    splits = pq.read_table(line.run / "splits.parquet").to_pandas().set_index("image_id")["split"]
+    predictions = pq.read_table(evaluated / "predictions").to_pandas()
+    for split, cells in predictions.groupby(predictions["image_id"].map(splits)):
+        rows = metrics[(metrics["split"] == split) & (metrics["level"] == "cell")].set_index("metric")
+        label, called = cells["label"], cells["predicted_label"]
+        assert rows["value"]["accuracy"] == pytest.approx(accuracy_score(label, called))
+        assert rows["value"]["sensitivity"] == pytest.approx(recall_score(label, called))
+        assert rows["value"]["specificity"] == pytest.approx(recall_score(label, called, pos_label=0))
+        assert rows["value"]["f1_weighted"] == pytest.approx(f1_score(label, called, average="weighted"))
+        assert rows["value"]["roc_auc"] == pytest.approx(roc_auc_score(label, cells["score"]))
+        counts = [
+            rows["value"][f"n_{name}"]
+            for name in ("true_negative", "false_positive", "false_negative", "true_positive")
+        ]
+        assert counts == confusion_matrix(label, called).ravel().tolist()
+        assert set(rows["n"]) == {len(cells)}
+
+
+def test_patients_are_counted(evaluated: Path):
+    patients = pq.read_table(evaluated / "patients").to_pandas()
+    predictions = pq.read_table(evaluated / "predictions").to_pandas()
+    assert list(patients.columns) == PATIENTS.names
+    by_patient = predictions.groupby("patient_id")
+    assert patients["patient_id"].tolist() == sorted(by_patient.groups)
+    assert patients["n_cells"].tolist() == by_patient.size().tolist()
+    assert patients["n_parasitized"].tolist() == by_patient["predicted_label"].sum().tolist()
+    assert patients["label"].tolist() == by_patient["label"].max().tolist()
+
+
+def test_a_second_run_changes_nothing_and_says_so(evaluated: Path, caplog: pytest.LogCaptureFixture):
+    before = content(evaluated)
+    evaluate.run(evaluate.Config(results=str(evaluated), n_resamples=100))
+    assert content(evaluated) == before
+    assert "nothing to do" in caplog.text
+
+
+def screened(line: Line, tmp_path: Path, rename) -> Path:
+    with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "some.zip", "w") as some:
+        for name in original.namelist():
+            if new := rename(name):
+                some.writestr(new, original.read(name))
+    screen.run(screen.Config(source=str(tmp_path / "some.zip"), results=str(tmp_path / "results"), model=str(line.run)))
+    evaluate.run(evaluate.Config(results=str(tmp_path / "results"), n_resamples=100))
+    return tmp_path / "results"
+
+
+def test_images_are_recognised_by_content_under_another_name(line: Line, evaluated: Path, tmp_path: Path):
+    renamed = screened(line, tmp_path, lambda name: f"copied/{name}")
+    expected = pq.read_table(evaluated / "metrics").to_pandas()
+    found = pq.read_table(renamed / "metrics").to_pandas()
+    assert found.equals(expected)
+
+
+def test_an_archive_without_labels_gets_patients_but_no_metrics(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    results = screened(line, tmp_path, lambda name: name.replace("Parasitized", "a").replace("Uninfected", "b"))
+    assert pq.read_table(results / "metrics").num_rows == 0
+    patients = pq.read_table(results / "patients").to_pandas()
+    assert len(patients) == 24
+    assert patients["label"].isna().all()
+    assert "No image has a label" in capsys.readouterr().out
+
+
+def test_one_class_gives_null_where_a_metric_is_undefined(line: Line, tmp_path: Path):
+    results = screened(line, tmp_path, lambda name: name if "Uninfected" in name else None)
+    metrics = pq.read_table(results / "metrics").to_pandas()
+    rows = metrics[(metrics["level"] == "cell") & (metrics["split"] == "test")].set_index("metric")
+    assert rows["value"][["sensitivity", "roc_auc", "f1"]].isna().all()
+    assert 0 <= rows["value"]["specificity"] <= 1

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from stages.conftest import IMAGE_SIZE, Line, content, write_archive
+from stages.killing import run_and_kill
+
+from malaria_ray.cells.images import resize
+from malaria_ray.errors import ArchiveError, DirectoryError, TooManyBadImagesError
+from malaria_ray.runtime import storage
+from malaria_ray.schema import MANIFEST, QUARANTINE
+from malaria_ray.stages import ingest, verify
+
+PIXELS = np.full((40, 30, 3), 120, np.uint8)
+
+
+def png(pixels: np.ndarray = PIXELS) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def ingest_of(archive: Path, dataset: Path, **flags) -> pd.DataFrame:
+    ingest.run(ingest.Config(archive=str(archive), dataset=str(dataset), image_size=IMAGE_SIZE, **flags))
+    return pq.read_table(dataset / "manifest.parquet").to_pandas()
+
+
+def test_every_file_of_the_archive_is_one_row(line: Line):
+    manifest = pq.read_table(line.dataset / "manifest.parquet")
+    names = [name for name in zipfile.ZipFile(line.archive).namelist() if not name.endswith("/")]
+    assert sorted(manifest["image_id"].to_pylist()) == sorted(names)
+    assert manifest.schema.names == MANIFEST.names
+    assert set(manifest["status"].to_pylist()) == {"ok"}
+    verify.run(verify.Config(directory=str(line.dataset)))
+
+
+def test_crops_hold_the_resized_pixels_of_their_file(line: Line):
+    crops = storage.read_table(storage.locate(str(line.dataset / "crops"))).slice(0, 5).to_pylist()
+    with zipfile.ZipFile(line.archive) as archive:
+        for crop in crops:
+            original = cv2.imdecode(np.frombuffer(archive.read(crop["image_id"]), np.uint8), cv2.IMREAD_COLOR)
+            expected = resize(cv2.cvtColor(original, cv2.COLOR_BGR2RGB), IMAGE_SIZE)
+            found = np.frombuffer(crop["image"], np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
+            np.testing.assert_array_equal(found, expected)
+            assert (crop["height"], crop["width"]) == original.shape[:2]
+
+
+def test_a_bad_file_is_a_row_in_quarantine_and_takes_no_other_with_it(tmp_path: Path):
+    files = {
+        "Parasitized/C1P1Thin_ok.png": (png(), "ok"),
+        "Parasitized/C1P1Thin_same bytes.png": (png(), "ok"),
+        "Parasitized/Thumbs.db": (bytes.fromhex("d0cf11e0a1b11ae1") + bytes(100), "not_an_image"),
+        "Parasitized/empty.png": (b"", "empty_file"),
+        "Parasitized/cut.png": (png()[:-30], "truncated"),
+        "Uninfected/text.png": (b"this is text", "not_an_image"),
+        "Uninfected/<script>alert(1)</script>\n.png": (png(), "ok"),
+        "Uninfected/C201ThinF_ünï ☃.png": (png(PIXELS[..., 0]), "ok"),  # grey
+    }
+    for name, (data, _) in files.items():
+        if "script" in name:  # "/" inside a file name only exists in a zip; on disk it is two folders
+            name = name.replace("</script>", "")
+        path = tmp_path / "archive" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    manifest = ingest_of(tmp_path / "archive", tmp_path / "dataset").set_index("image_id")
+    expected = {name.replace("</script>", ""): status for name, (_, status) in files.items()}
+    assert manifest["status"].to_dict() == expected
+    assert manifest.loc["Uninfected/C201ThinF_ünï ☃.png", "patient_id"] == "C201"
+    quarantine = pq.read_table(tmp_path / "dataset/quarantine/part-00000.parquet")
+    assert quarantine.schema.names == QUARANTINE.names
+    assert sorted(quarantine["image_id"].to_pylist()) == sorted(k for k, status in expected.items() if status != "ok")
+    verify.run(verify.Config(directory=str(tmp_path / "dataset")))
+
+
+def test_a_folder_and_a_zip_of_the_same_files_give_the_same_dataset(line: Line, tmp_path: Path):
+    zipfile.ZipFile(line.archive).extractall(tmp_path / "folder")
+    ingest_of(tmp_path / "folder", tmp_path / "dataset")
+    digests = [
+        storage.read_json(storage.locate(str(d / "_SUCCESS.json")))["dataset_digest"]
+        for d in (line.dataset, tmp_path / "dataset")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_second_run_changes_nothing_and_says_so(line: Line, copy_of, caplog: pytest.LogCaptureFixture):
+    dataset = copy_of(line.dataset)
+    before = content(dataset)
+    ingest_of(line.archive, dataset)
+    assert content(dataset) == before
+    assert "nothing to do" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda a, d: ingest_of(a, d, patient_pattern="(?P<patient>x)"), "patient_pattern was None"),
+        (
+            lambda a, d: ingest.run(ingest.Config(archive=str(a), dataset=str(d), image_size=48)),
+            "image_size was 32, is now 48",
+        ),
+    ],
+)
+def test_another_config_is_refused_and_the_difference_named(line: Line, copy_of, spoil, message: str):
+    dataset = copy_of(line.dataset)
+    with pytest.raises(DirectoryError, match=message):
+        spoil(line.archive, dataset)
+
+
+def test_overwrite_makes_it_anew_but_never_deletes_a_foreign_directory(line: Line, copy_of, tmp_path: Path):
+    dataset = copy_of(line.dataset)
+    (dataset / "crops" / "part-00000.parquet").unlink()
+    ingest_of(line.archive, dataset, overwrite=True)
+    verify.run(verify.Config(directory=str(dataset)))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("all of it")
+    with pytest.raises(DirectoryError, match="was not made by 'malaria-ray ingest'"):
+        ingest_of(line.archive, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis.txt").exists()
+
+
+def test_killed_in_the_middle_and_run_again_it_ends_right(tmp_path: Path):
+    archive = write_archive(tmp_path / "cells.zip", n_patients=40, n_cells_per_patient=60)
+    flags = ["ingest", str(archive), str(tmp_path / "killed"), "--image-size", str(IMAGE_SIZE)]
+    run_and_kill(flags, when=tmp_path / "killed/_work/manifest/part-*.parquet")
+    n_finished = len(list((tmp_path / "killed/_work/manifest").glob("part-*.parquet")))
+    assert 0 < n_finished < 3
+    assert not (tmp_path / "killed/_SUCCESS.json").exists()
+    killed = ingest_of(archive, tmp_path / "killed")
+    undisturbed = ingest_of(archive, tmp_path / "undisturbed")
+    pd.testing.assert_frame_equal(killed, undisturbed)
+    verify.run(verify.Config(directory=str(tmp_path / "killed")))
+
+
+def test_a_resumed_run_refuses_an_archive_that_changed(line: Line, copy_of, tmp_path: Path):
+    archive = Path(shutil.copytree(extracted(line, tmp_path), tmp_path / "changing"))
+    ingest_of(archive, tmp_path / "dataset")
+    (tmp_path / "dataset/_SUCCESS.json").unlink()
+    listing = {"n_files": 1, "digest": "of another archive"}
+    storage.write_json(storage.locate(str(tmp_path / "dataset/_work/listing.json")), listing)
+    with pytest.raises(ArchiveError, match="the archive changed"):
+        ingest_of(archive, tmp_path / "dataset")
+
+
+def extracted(line: Line, tmp_path: Path) -> Path:
+    zipfile.ZipFile(line.archive).extractall(tmp_path / "extracted")
+    return tmp_path / "extracted"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "is not there"),
+        (lambda path: path.mkdir(), "holds no files"),
+        (lambda path: path.write_bytes(b"PK"), "unknown kind"),
+    ],
+    ids=["missing", "empty", "no archive"],
+)
+def test_an_archive_that_is_none_is_refused_in_one_line(tmp_path: Path, make, message: str):
+    make(tmp_path / "archive")
+    with pytest.raises(ArchiveError, match=message):
+        ingest_of(tmp_path / "archive", tmp_path / "dataset")
+
+
+def test_an_archive_that_is_wrong_as_a_whole_stops_with_the_reasons(tmp_path: Path):
+    (tmp_path / "archive").mkdir()
+    for i in range(4):
+        (tmp_path / "archive" / f"{i}.txt").write_text("no image")
+    (tmp_path / "archive" / "one.png").write_bytes(png())
+    with pytest.raises(TooManyBadImagesError, match="4 of 5 files cannot be used \\(not_an_image 4\\)"):
+        ingest_of(tmp_path / "archive", tmp_path / "dataset")
+    assert len(ingest_of(tmp_path / "archive", tmp_path / "dataset", max_bad_fraction=1.0)) == 5
+
+
+def test_the_summary_measures_the_training_split_when_one_is_named(line: Line, tmp_path: Path):
+    ingest_of(line.archive, tmp_path / "dataset", split_by="patient", seed=42)
+    summary = storage.read_json(storage.locate(str(tmp_path / "dataset/summary.json")))
+    splits = pq.read_table(line.run / "splits.parquet").to_pandas()
+    manifest = pq.read_table(line.dataset / "manifest.parquet").to_pandas().set_index("image_id")
+    widths = manifest.loc[splits.loc[splits["split"] == "train", "image_id"], "width"]
+    assert summary["measured"]["n"] == len(widths)
+    assert summary["measured"]["pixels"]["width"] == {
+        "min": widths.min(),
+        "mean": round(widths.mean(), 2),
+        "median": widths.median(),
+        "max": widths.max(),
+    }

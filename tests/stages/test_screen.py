@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from stages.conftest import IMAGE_SIZE, Line, content, write_archive
+from stages.killing import run_and_kill
+
+from malaria_ray.errors import ConfigError, DirectoryError, ModelError, NotCompleteError, TooManyBadImagesError
+from malaria_ray.runtime import storage
+from malaria_ray.schema import PREDICTIONS
+from malaria_ray.stages import ingest, screen, verify
+
+
+def screen_of(source: Path, results: Path, run: Path, **flags) -> pd.DataFrame:
+    screen.run(screen.Config(source=str(source), results=str(results), model=str(run), **flags))
+    return predictions_of(results)
+
+
+def predictions_of(results: Path) -> pd.DataFrame:
+    return (
+        storage.read_table(storage.locate(str(results / "predictions"))).to_pandas().set_index("image_id").sort_index()
+    )
+
+
+def test_every_image_has_one_score_in_0_1(line: Line):
+    predictions = predictions_of(line.results)
+    assert list(predictions.reset_index()[PREDICTIONS.names].columns) == PREDICTIONS.names
+    assert sorted(predictions.index) == sorted(zipfile.ZipFile(line.archive).namelist())
+    assert predictions["score"].between(0, 1).all()
+    assert (predictions["predicted_label"] == (predictions["score"] >= 0.5)).all()
+    verify.run(verify.Config(directory=str(line.results)))
+
+
+def test_archive_and_dataset_give_the_same_scores(line: Line, tmp_path: Path):
+    of_dataset = screen_of(line.dataset, tmp_path / "results", line.run)
+    pd.testing.assert_frame_equal(of_dataset, predictions_of(line.results))
+
+
+def test_scores_do_not_depend_on_actors_or_on_the_order_of_the_archive(line: Line, tmp_path: Path):
+    with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "cells.zip", "w") as reordered:
+        for name in reversed(original.namelist()):
+            reordered.writestr(name, original.read(name))
+    again = screen_of(tmp_path / "cells.zip", tmp_path / "results", line.run, num_actors=1)
+    np.testing.assert_array_equal(again["score"], predictions_of(line.results)["score"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "tolerance"),
+    [({"batch_size": 7}, 1e-6), ({"engine": "keras"}, 1e-4)],
+    ids=["batch size", "engine"],
+)
+def test_scores_do_not_depend_on(line: Line, tmp_path: Path, flags: dict, tolerance: float):
+    again = screen_of(line.dataset, tmp_path / "results", line.run, **flags)
+    np.testing.assert_allclose(again["score"], predictions_of(line.results)["score"], atol=tolerance, rtol=0)
+
+
+def test_a_split_is_screened_alone(line: Line, tmp_path: Path):
+    test_only = screen_of(line.dataset, tmp_path / "results", line.run, split="test")
+    splits = pq.read_table(line.run / "splits.parquet").to_pandas()
+    assert sorted(test_only.index) == sorted(splits.loc[splits["split"] == "test", "image_id"])
+
+
+def test_bad_files_are_in_quarantine_and_the_others_scored(line: Line, tmp_path: Path):
+    shutil.copy(line.archive, tmp_path / "cells.zip")
+    with zipfile.ZipFile(tmp_path / "cells.zip", "a") as archive:
+        archive.writestr("cell_images/Thumbs.db", bytes.fromhex("d0cf11e0a1b11ae1"))
+        archive.writestr("cell_images/empty.png", b"")
+    predictions = screen_of(tmp_path / "cells.zip", tmp_path / "results", line.run)
+    pd.testing.assert_frame_equal(predictions, predictions_of(line.results))
+    quarantine = pq.read_table(tmp_path / "results/quarantine/part-00000.parquet").to_pandas().set_index("image_id")
+    assert quarantine["reason"].to_dict() == {
+        "cell_images/Thumbs.db": "not_an_image",
+        "cell_images/empty.png": "empty_file",
+    }
+    assert set(quarantine["stage"]) == {"screen"}
+    verify.run(verify.Config(directory=str(tmp_path / "results")))
+
+
+def test_too_many_bad_files_stop_with_the_reasons(line: Line, tmp_path: Path):
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "a.png").write_text("no image")
+    with pytest.raises(TooManyBadImagesError, match="1 of 1 files cannot be used"):
+        screen_of(tmp_path / "archive", tmp_path / "results", line.run)
+    assert screen_of(tmp_path / "archive", tmp_path / "results", line.run, max_bad_fraction=1.0).empty
+
+
+def test_a_second_run_changes_nothing_and_says_so(line: Line, copy_of, caplog: pytest.LogCaptureFixture):
+    results = copy_of(line.results)
+    before = content(results)
+    screen_of(line.archive, results, line.run)
+    assert content(results) == before
+    assert "nothing to do" in caplog.text
+
+
+def test_killed_in_the_middle_and_run_again_every_image_stands_once(line: Line, tmp_path: Path):
+    archive = write_archive(tmp_path / "cells.zip", n_patients=40, n_cells_per_patient=60)
+    arguments = ["screen", str(archive), str(tmp_path / "killed"), "--model", str(line.run)]
+    run_and_kill(arguments, when=tmp_path / "killed/_work/scored/*.parquet")
+    n_before = sum(pq.read_metadata(file).num_rows for file in (tmp_path / "killed/_work/scored").glob("*.parquet"))
+    assert 0 < n_before < 2400
+    killed = screen_of(archive, tmp_path / "killed", line.run)
+    timings = storage.read_json(storage.locate(str(tmp_path / "killed/_SUCCESS.json")))["timings"]
+    assert timings["images_scored"] < 2400, "what was finished before the kill is not scored again"
+    pd.testing.assert_frame_equal(killed, screen_of(archive, tmp_path / "undisturbed", line.run))
+    verify.run(verify.Config(directory=str(tmp_path / "killed")))
+
+
+def test_another_model_is_refused_for_the_same_results(line: Line, copy_of):
+    results, run = copy_of(line.results), copy_of(line.run)
+    success = storage.read_json(storage.locate(str(run / "_SUCCESS.json")))
+    storage.write_json(storage.locate(str(run / "_SUCCESS.json")), {**success, "run_id": "cnn-of-tomorrow"})
+    with pytest.raises(DirectoryError, match="run_id was 'cnn-.*', is now 'cnn-of-tomorrow'"):
+        screen_of(line.archive, results, run)
+
+
+def test_a_model_file_that_was_exchanged_is_refused(line: Line, copy_of, tmp_path: Path):
+    run = copy_of(line.run)
+    (run / "model.onnx").write_bytes((run / "model.onnx").read_bytes() + b"x")
+    with pytest.raises(ModelError, match="not the file that training wrote"):
+        screen_of(line.archive, tmp_path / "results", run)
+
+
+def test_a_dataset_of_another_image_size_is_refused(line: Line, tmp_path: Path):
+    ingest.run(ingest.Config(archive=str(line.archive), dataset=str(tmp_path / "other"), image_size=IMAGE_SIZE + 8))
+    with pytest.raises(ModelError, match="40 × 40 pixels.* takes 32 × 32"):
+        screen_of(tmp_path / "other", tmp_path / "results", line.run)
+
+
+def test_a_split_of_an_archive_that_the_run_does_not_know_is_refused(line: Line, tmp_path: Path):
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "a.png").write_text("no image")
+    with pytest.raises(ConfigError, match="none of the 1 images is in the test split"):
+        screen_of(tmp_path / "archive", tmp_path / "results", line.run, split="test")
+
+
+def test_an_unfinished_run_is_refused(line: Line, copy_of, tmp_path: Path):
+    run = copy_of(line.run)
+    (run / "_SUCCESS.json").unlink()
+    with pytest.raises(NotCompleteError, match="no _SUCCESS.json; run 'malaria-ray train' again"):
+        screen_of(line.archive, tmp_path / "results", run)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from stages.conftest import IMAGE_SIZE, Line, content
+from stages.killing import run_and_kill
+
+from malaria_ray.archives.reading import crop_pixels
+from malaria_ray.errors import ConfigError, DatasetError, NotCompleteError, TrainingError
+from malaria_ray.runtime import storage
+from malaria_ray.schema import HISTORY, SPLITS
+from malaria_ray.stages import ingest, train
+
+
+def train_of(dataset: Path, run: Path, **flags) -> pd.DataFrame:
+    settings = {"model": "cnn", "epochs": 3, "batch_size": 16, **flags}
+    train.run(train.Config(dataset=str(dataset), run=str(run), **settings))
+    return pq.read_table(run / "history.parquet").to_pandas()
+
+
+def test_a_run_has_every_epoch_and_the_weights_of_the_best(line: Line):
+    history = pq.read_table(line.run / "history.parquet")
+    assert history.schema.names == HISTORY.names
+    assert history["epoch"].to_pylist() == [1, 2, 3]
+    success = storage.read_json(storage.locate(str(line.run / "_SUCCESS.json")))
+    assert success["best"]["val_loss"] == min(history["val_loss"].to_pylist())
+    assert success["onnx_max_difference"] <= 1e-4
+    assert (line.run / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_saved_model_gives_the_validation_loss_of_the_best_epoch(line: Line):
+    splits = pq.read_table(line.run / "splits.parquet").to_pandas().set_index("image_id")
+    crops = storage.read_table(storage.locate(str(line.dataset / "crops")))
+    is_val = (splits.loc[crops["image_id"].to_pylist(), "split"] == "val").to_numpy()
+    pixels = crop_pixels(crops["image"], image_size=IMAGE_SIZE)[is_val]
+    label = crops["label"].to_numpy()[is_val]
+    session = onnxruntime.InferenceSession(line.run / "model.onnx", providers=["CPUExecutionProvider"])
+    score = session.run(None, {"image": pixels})[0].reshape(-1).astype(np.float64)
+    loss = -np.mean(np.where(label == 1, np.log(score), np.log(1 - score)))
+    best = storage.read_json(storage.locate(str(line.run / "_SUCCESS.json")))["best"]
+    assert loss == pytest.approx(best["val_loss"], abs=1e-4)
+
+
+def test_no_patient_is_in_two_splits(line: Line):
+    splits = pq.read_table(line.run / "splits.parquet")
+    assert splits.schema.names == SPLITS.names
+    assert (splits.to_pandas().groupby("patient_id")["split"].nunique() == 1).all()
+
+
+def test_a_second_run_changes_nothing_and_says_so(line: Line, copy_of, caplog: pytest.LogCaptureFixture):
+    run = copy_of(line.run)
+    before = content(run)
+    train_of(line.dataset, run)
+    assert content(run) == before
+    assert "nothing to do" in caplog.text
+
+
+def test_killed_after_an_epoch_it_goes_on_to_the_curve_of_an_undisturbed_run(line: Line, tmp_path: Path):
+    flags = [
+        "train",
+        str(line.dataset),
+        str(tmp_path / "killed"),
+        "--model",
+        "cnn",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "16",
+    ]
+    run_and_kill(flags, when=tmp_path / "killed/checkpoints/checkpoint_manager_snapshot.json")
+    assert not (tmp_path / "killed/_SUCCESS.json").exists()
+    resumed = train_of(line.dataset, tmp_path / "killed")
+    undisturbed = pq.read_table(line.run / "history.parquet").to_pandas()
+    columns = ["epoch", "val_loss", "val_accuracy", "learning_rate"]
+    # The dropout masks after a resumption are others, so the curve is the same up to their noise.
+    assert resumed["epoch"].tolist() == undisturbed["epoch"].tolist()
+    pd.testing.assert_frame_equal(resumed[columns].iloc[:1], undisturbed[columns].iloc[:1], rtol=1e-4)
+    np.testing.assert_allclose(resumed["val_loss"], undisturbed["val_loss"], atol=0.15)
+
+
+def only(line: Line, tmp_path: Path, keep) -> Path:
+    """A dataset of those files of the line's archive whose name `keep` maps to a new name."""
+    with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "some.zip", "w") as some:
+        for name in original.namelist():
+            if new := keep(name):
+                some.writestr(new, original.read(name))
+    ingest.run(ingest.Config(archive=str(tmp_path / "some.zip"), dataset=str(tmp_path / "some"), image_size=IMAGE_SIZE))
+    return tmp_path / "some"
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (lambda name: name if "Parasitized" in name else None, "has parasitized only"),
+        (lambda name: name.replace("Parasitized", "folder"), "have no label"),
+        (lambda name: name.replace("/C", "/x"), "have no patient"),
+        (lambda name: name if any(f"P{i}Thin" in name for i in (1, 2, 3)) else None, "3 patients cannot be divided"),
+    ],
+    ids=["one class", "no labels", "no patients", "few patients"],
+)
+def test_a_dataset_that_cannot_be_trained_on_is_refused_before_anything_is_written(
+    line: Line, tmp_path: Path, keep, message: str
+):
+    with pytest.raises(DatasetError, match=message):
+        train_of(only(line, tmp_path, keep), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_dataset_is_refused(line: Line, copy_of, tmp_path: Path):
+    dataset = copy_of(line.dataset)
+    (dataset / "_SUCCESS.json").unlink()
+    with pytest.raises(NotCompleteError, match="no _SUCCESS.json; run 'malaria-ray ingest' again"):
+        train_of(dataset, tmp_path / "run")
+
+
+def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Path):
+    with pytest.raises(TrainingError, match="3 workers of 1 CPUs need 3, the cluster has 2"):
+        train_of(line.dataset, tmp_path / "run", num_workers=3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"learning_rate": 0.0}, "--learning-rate 0.0: allowed are numbers above 0"),
+        ({"num_workers": 65, "batch_size": 64}, "--num-workers 65"),
+    ],
+)
+def test_flags_are_checked_at_birth(flags: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        train.Config(dataset="d", run="r", model="cnn", **flags)
