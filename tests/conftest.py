@@ -8,6 +8,15 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_proxy() -> Iterator[None]:
+    """All servers of the tests are on this machine; a proxy of the user's could not reach them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1,localhost")
+        yield
+
+
 @pytest.fixture(scope="session")
 def _s3_server() -> Iterator[str]:
     from moto.server import ThreadedMotoServer  # 2 s to import, so only for the tests that need it

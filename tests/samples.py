@@ -200,7 +200,8 @@ class Member:
 def raw_zip(members: list[Member], *, prefix: bytes = b"", gap: bytes = b"") -> bytes:
     """A zip written field by field, so that its directory may say one thing and its members another.
 
-    `prefix` stands before the archive, whose offsets do not count it (a self-extracting archive); `gap` between members.
+    `prefix` stands before the archive, whose offsets do not count it (a self-extracting archive); `gap` between
+    members.
     """
     body, central = b"", b""
     for member in members:

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,12 +17,14 @@ class Site:
 
     `ranges`: answered with 206, `ignored`, or `refused` by the header `Accept-Ranges: none`.
     `cuts`: one number taken by each GET in turn: bytes of the body after which the connection is closed; None is whole.
+    `is_chunked`: sends the body in one chunk, which a cut leaves incomplete.
     `statuses`: one taken by each GET in turn, instead of an answer.
     """
 
     files: dict[str, bytes]
     ranges: str = "answered"
     says_length: bool = True
+    is_chunked: bool = False
     cuts: list[int | None] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
@@ -79,7 +81,10 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
                     return self._refuse(416, f"bytes */{total}")
                 body, status, content_range = body[start:end], 206, f"bytes {start}-{end - 1}/{total}"
             self.send_response(status)
-            if site.says_length:
+            if site.is_chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+                body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+            elif site.says_length:
                 self.send_header("Content-Length", str(len(body)))
             if content_range:
                 self.send_header("Content-Range", content_range)
@@ -102,9 +107,7 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             pass
 
         def handle(self) -> None:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # a client that has read enough
                 super().handle()
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # a client that has read enough
 
     return Handler

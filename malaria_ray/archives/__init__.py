@@ -41,7 +41,8 @@ def open_archive(url: str) -> Archive:
     if url == "nih":
         return nih_archive()
     path = storage.locate(url)
-    if path.name.lower().endswith(".zip") and not (storage.is_local(path) and path.is_dir()):
+    name = path.name if storage.is_local(path) else path.name.partition("?")[0]  # a signed URL has more behind the name
+    if name.lower().endswith(".zip") and not (storage.is_local(path) and path.is_dir()):
         return ZipArchive(path)
     try:
         is_there, is_folder = path.exists(), path.is_dir()

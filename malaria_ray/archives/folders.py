@@ -12,6 +12,7 @@ from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import storage
 
 _BATCH = 10_000
+_KIND, _OTHER = {"file": "file", "directory": "a folder"}, "a pipe or device"
 
 
 class FolderArchive:
@@ -57,20 +58,20 @@ class FolderArchive:
                 is_itself = name.rstrip("/") == folder.rstrip("/")
                 if info["type"] == "directory" and not is_itself:
                     waiting.append(name.rstrip("/"))
-                elif not (
-                    is_itself and info["type"] == "file" and not info.get("size")
-                ):  # an object store's folder marker
+                    continue
+                is_marker = is_itself and info["type"] == "file" and not info.get("size")
+                if not is_marker:  # an object store's empty object that stands for the folder
                     yield name[len(root) :].lstrip("/"), info
 
     def _method(self, info: dict[str, Any]) -> str:
-        """`file`, or what it is instead: reading a pipe or a device would wait for ever, so only `file` is ever opened."""
+        """`file`, or what it is instead. Only `file` is ever opened: reading a pipe would wait for ever."""
         if not info.get("islink"):
-            return "file" if info["type"] == "file" else f"a {info['type']}"
+            return _KIND.get(info["type"], _OTHER)
         try:
             target = self.path.fs.info(info["name"])["type"]
         except OSError:
             return "a broken link"
-        return "file" if target == "file" else f"a link to a {target}"
+        return "file" if target == "file" else f"a link to {_KIND.get(target, _OTHER)}"
 
     def _table(self, batch: list[tuple[str, int, str]]) -> pa.Table:
         names, sizes, methods = zip(*batch, strict=True)

@@ -18,7 +18,7 @@ NIH_URL = "https://data.lhncbc.nlm.nih.gov/public/Malaria/cell_images.zip"
 def cache_folder() -> Path:
     """Where downloads are kept: MALARIA_RAY_CACHE, else `malaria_ray` in XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("MALARIA_RAY_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malaria_ray"
 
 

@@ -110,6 +110,8 @@ def _refused_unread(row: dict[str, Any]) -> ReadError | None:
     if method in ("file", "stored", "deflate"):
         if max(row["n_bytes"], row["packed_bytes"] or 0) > MAX_FILE_BYTES:
             return ReadError(Reason.TOO_LARGE, f"{row['n_bytes']:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        if method != "file" and (row["offset"] < 0 or row["span"] < _LOCAL_HEADER.size):
+            return _not_there()
         return None
     if method.startswith("zip method"):
         return ReadError(Reason.UNSUPPORTED_COMPRESSION, f"{method}; allowed are stored and deflate")
@@ -187,7 +189,7 @@ def _requests(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _unpack(record: bytes, row: dict[str, Any]) -> bytes:
     """The unpacked bytes of one zip member; `record` begins at its local header."""
     if len(record) < row["span"] or len(record) < _LOCAL_HEADER.size or record[:4] != b"PK\x03\x04":
-        raise ReadError(Reason.CORRUPT, "no zip member stands where the archive's directory says")
+        raise _not_there()
     *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(record)
     start = _LOCAL_HEADER.size + name_bytes + extra_bytes
     packed = record[start : start + row["packed_bytes"]]
@@ -201,6 +203,10 @@ def _unpack(record: bytes, row: dict[str, Any]) -> bytes:
     if len(data) != row["n_bytes"] or zlib.crc32(data) != row["crc32"]:
         raise ReadError(Reason.CHECKSUM_MISMATCH, "size or CRC-32 differs from the archive's directory")
     return data
+
+
+def _not_there() -> ReadError:
+    return ReadError(Reason.CORRUPT, "no zip member stands where the archive's directory says")
 
 
 def _unreadable(error: BaseException) -> ReadError:

@@ -33,9 +33,14 @@ class ZipArchive:
 
     def places(self) -> Iterator[pa.Table]:
         members, end = self._directory()
-        offsets = [member.header_offset for member in members]
-        ends = dict(zip(sorted(offsets), [*sorted(offsets)[1:], end], strict=True))
-        members = [member for member in members if not member.is_dir()]
+        offsets = sorted(member.header_offset for member in members)
+        ends = dict(zip(offsets, [*offsets, end][1:], strict=True))
+        largest = max([0, *(max(member.file_size, member.compress_size, member.header_offset) for member in members)])
+        if largest >= 2**63:
+            raise ArchiveError(
+                f"{self.url} is no zip archive that can be read: its directory speaks of {largest:,} bytes"
+            )
+        members = [member for member in members if not member.filename.endswith("/")]
         yield pa.table(
             {
                 "image_id": pa.array([member.filename for member in members], pa.string()),
@@ -59,9 +64,7 @@ class ZipArchive:
             ) from error
         except (ValueError, NotImplementedError) as error:
             if storage.is_local(self.path) or "zip file version" in str(error):
-                raise ArchiveError(
-                    f"{self.url} is not a zip archive that can be read: {error}; pack it anew"
-                ) from error
+                raise ArchiveError(f"{self.url} is no zip archive that can be read: {error}; pack it anew") from error
             raise ArchiveError(  # what fsspec says where a server gives no ranges
                 f"{self.url}: the server does not answer range requests ({error}), which reading a zip in place needs; "
                 "download the file and give its path"
@@ -70,7 +73,7 @@ class ZipArchive:
             raise self._not_reached(error) from error
 
     def _not_reached(self, error: Exception) -> ArchiveError:
-        """One line for what the clients raise: fsspec's HTTP says 'not found' of every failure, botocore has its own kinds."""
+        """One line for what the clients raise: to fsspec's HTTP all is 'not found', botocore has own kinds."""
         if isinstance(error, FileNotFoundError):
             why = f" ({error.__cause__})" if error.__cause__ else ""
             return ArchiveError(f"{self.url} is not there{why}; check the path")

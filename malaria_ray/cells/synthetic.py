@@ -128,9 +128,9 @@ def _paint_dirt(rng: np.random.Generator, dirt: Map, chromatin: Map, depth: Map,
     if rng.random() < 0.10:  # a smudge
         radii, turn = rng.uniform((8, 2), (18, 5)), rng.uniform(0, 180)
         _ellipse(dirt, _place(rng, depth, 8), radii, rng.uniform(0.1, 0.5), turn=turn)
-    if rng.random() < 0.2:  # a platelet lying on the cell: a pale purple body with darker grains
+    if rng.random() < 0.12:  # a platelet lying on the cell: a pale purple body with darker grains
         centre, radii = _place(rng, depth, 6), rng.uniform(6, 11, 2)
-        _ellipse(chromatin, centre, radii, rng.uniform(0.15, 0.5))
+        _ellipse(chromatin, centre, radii, rng.uniform(0.15, 0.4))
         for grain in rng.normal(centre, radii.min() / 2.5, (rng.integers(4, 12), 2)):
             _ellipse(chromatin, grain, np.full(2, rng.uniform(1, 2)), rng.uniform(0.3, 0.8))
 

@@ -26,7 +26,9 @@ def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArchiveError(f"{target.parent} cannot be made: {error}; set MALARIA_RAY_CACHE to another folder") from error
+        raise ArchiveError(
+            f"{target.parent} cannot be made: {error}; set MALARIA_RAY_CACHE to another folder"
+        ) from error
     part = target.with_name(target.name + ".part")
     failures, before = 0, -1
     while True:
@@ -42,8 +44,8 @@ def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float
             if permanent or failures >= attempts:
                 kept = f"; {size:,} bytes are kept in {part} and the next run goes on from there" if size else ""
                 raise ArchiveError(
-                    f"{url} could not be downloaded: {error}{kept}. Without a network, fetch the file elsewhere and put "
-                    f"it at {target}"
+                    f"{url} could not be downloaded: {error}{kept}. Without a network, fetch the file elsewhere "
+                    f"and put it at {target}"
                 ) from error
             time.sleep(wait_s * 2 ** (failures - 1))
         else:

@@ -1,4 +1,4 @@
-"""One small line for all stage tests: a synthetic archive, a dataset, a trained run and results, made once on a real Ray."""
+"""One small line for all stage tests, made once on a real Ray: a synthetic archive, a dataset, a run and results."""
 
 from __future__ import annotations
 

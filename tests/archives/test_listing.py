@@ -1,0 +1,166 @@
+"""The listing: one row per file, in an order and with a digest that only the archive's content decides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from malaria_ray.archives import open_archive
+from malaria_ray.archives.listing import list_archive, listing_digest, shards
+from malaria_ray.errors import ArchiveError
+from malaria_ray.schema import LISTING
+
+
+class Listed:
+    """An archive of given places, in given tables."""
+
+    url = "test://listed"
+
+    def __init__(self, tables: list[list[dict[str, Any]]]):
+        self.tables = tables
+
+    def identity(self) -> dict[str, Any]:
+        return {"archive": self.url}
+
+    def places(self) -> Iterator[pa.Table]:
+        for rows in self.tables:
+            schema = pa.schema([("image_id", pa.string()), ("n_bytes", pa.int64()), ("container", pa.string()),
+                                ("method", pa.string()), ("offset", pa.int64())])  # fmt: skip
+            yield pa.Table.from_pylist(rows, schema=schema)
+
+
+def place(image_id: str, n_bytes: int = 10, offset: int | None = None) -> dict[str, Any]:
+    return {"image_id": image_id, "n_bytes": n_bytes, "container": "/c", "method": "file", "offset": offset}
+
+
+NAMES = ["Parasitized/C51AP12thinF_1.png", "Uninfected/C1_thinF_1.png", "Uninfected/x.png", "b.png", "a.png"]
+
+
+def test_every_column_of_the_contract_is_there_in_its_type() -> None:
+    listing = list_archive(Listed([[place(name) for name in NAMES]]))
+    assert listing.schema.equals(LISTING.arrow_schema(), check_metadata=False)
+    assert listing.schema.metadata[b"malaria_ray.table"] == b"listing"
+    assert listing["key"].to_pylist() == list(range(5))
+    assert listing["crc32"].null_count == 5  # this kind knows none
+
+
+def test_labels_come_from_folders_and_patients_from_names() -> None:
+    listing = list_archive(Listed([[place(name) for name in NAMES]]))
+    found = {row["image_id"]: (row["label"], row["patient_id"]) for row in listing.to_pylist()}
+    assert found == {
+        "Parasitized/C51AP12thinF_1.png": (1, "P12"),
+        "Uninfected/C1_thinF_1.png": (0, "C1"),
+        "Uninfected/x.png": (0, None),
+        "a.png": (None, None),
+        "b.png": (None, None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("patients", "pattern", "expected"),
+    [
+        ({}, None, ["P12", "C1", None]),
+        ({"C1_thinF_1.png": "P9"}, None, ["P12", "P9", None]),  # the mapping goes before the name
+        ({"x.png": "P7"}, None, ["P12", "C1", "P7"]),  # and takes the file's name in any folder
+        ({"C1_thinF_1.png": None}, None, ["P12", "C1", None]),  # a mapping that knows none is none
+        ({}, r"^(?P<patient>\w+)/", ["Parasitized", "Uninfected", "Uninfected"]),
+        ({"x.png": "P7"}, r"(?P<patient>\d+)thin", ["12", None, "P7"]),
+    ],
+)
+def test_mapping_goes_before_the_rule_for_names(patients, pattern: str | None, expected: list[str | None]) -> None:
+    archive = Listed([[place(name) for name in NAMES[:3]]])
+    listing = list_archive(archive, patients=patients, pattern=re.compile(pattern) if pattern else None)
+    assert listing["patient_id"].to_pylist() == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(1, 11)))
+def test_rows_and_digest_do_not_depend_on_the_order_of_listing(order: list[int], cuts: set[int]) -> None:
+    places = [place(f"{i % 3}/{i}.png", n_bytes=i) for i in range(12)]
+    shuffled = [places[i] for i in order]
+    bounds = [0, *sorted(cuts), 12]
+    tables = [shuffled[a:b] for a, b in pairwise(bounds)]
+    expected, found = list_archive(Listed([places])), list_archive(Listed(tables))
+    assert found.equals(expected)
+    assert listing_digest(found) == listing_digest(expected)
+
+
+def test_digest_does_not_depend_on_how_the_table_is_held() -> None:
+    listing = list_archive(Listed([[place(name) for name in NAMES]]))
+    in_pieces = pa.concat_tables([listing.slice(0, 2), listing.slice(2)])
+    assert in_pieces["image_id"].num_chunks == 2
+    assert listing_digest(in_pieces) == listing_digest(listing)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: [*rows, place("new.png")],
+        lambda rows: rows[:-1],
+        lambda rows: [*rows[:-1], place("a.png", n_bytes=11)],
+        lambda rows: [*rows[:-1], place("A.png")],
+        lambda rows: [place(row["image_id"].replace("Uninfected", "Parasitized")) for row in rows],
+    ],
+    ids=["one more", "one less", "another size", "another name", "another label"],
+)
+def test_digest_changes_with_the_archive(change) -> None:
+    rows = [place(name) for name in NAMES]
+    before = listing_digest(list_archive(Listed([rows])))
+    assert listing_digest(list_archive(Listed([change(rows)]))) != before
+
+
+def test_digest_changes_with_the_patients() -> None:
+    archive = Listed([[place(name) for name in NAMES]])
+    digests = {listing_digest(list_archive(archive, patients=patients)) for patients in ({}, {"x.png": "P1"})}
+    assert len(digests) == 2
+
+
+def test_members_stand_in_the_order_of_their_bytes() -> None:
+    """So that neighbours are read by one request."""
+    listing = list_archive(Listed([[place("c", offset=0), place("a", offset=900), place("b", offset=100)]]))
+    assert listing["image_id"].to_pylist() == ["c", "b", "a"]
+
+
+def test_empty_tables_between_are_no_matter() -> None:
+    assert list_archive(Listed([[], [place("a")], []])).num_rows == 1
+
+
+def test_nothing_listed_is_an_error() -> None:
+    for tables in ([], [[]]):
+        with pytest.raises(ArchiveError, match="test://listed holds no files"):
+            list_archive(Listed(tables))
+
+
+def test_names_more_than_once_are_counted_and_the_first_is_named() -> None:
+    rows = [place("b"), place("a"), place("b"), place("c"), place("c"), place("c")]
+    with pytest.raises(ArchiveError, match="holds 2 names more than once, 'b' the first"):
+        list_archive(Listed([rows]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 40), n_rows=st.integers(1, 45))
+def test_shards_are_the_listing_cut_in_pieces(n: int, n_rows: int) -> None:
+    listing = list_archive(Listed([[place(f"{i}.png") for i in range(n)]]))
+    pieces = list(shards(listing, n_rows))
+    assert pa.concat_tables(pieces).equals(listing)
+    assert all(piece.num_rows == n_rows for piece in pieces[:-1])
+    assert 0 < pieces[-1].num_rows <= n_rows
+
+
+def test_folder_and_zip_of_the_same_files_have_the_same_digest(tmp_path: Path) -> None:
+    files = {f"Parasitized/C{i}P{i}thin_{i}.png": samples.noise(i) for i in range(5)}
+    for name, data in files.items():
+        (tmp_path / "cells" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cells" / name).write_bytes(data)
+    (tmp_path / "cells.zip").write_bytes(samples.zip_of(files))
+    folder, zipped = (list_archive(open_archive(str(tmp_path / name))) for name in ("cells", "cells.zip"))
+    assert listing_digest(folder) == listing_digest(zipped)

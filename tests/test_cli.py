@@ -1,0 +1,93 @@
+"""The command as a user meets it: exit status, stdout, stderr. Each call is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from malaria_ray.schema import TABLES, Reason
+
+
+def malaria_ray(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-m", "malaria_ray", *arguments],
+        env={**own, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--help"], 0, "archive → dataset"),
+        (["--version"], 0, "malaria-ray 0."),
+        (["ingest", "--help"], 0, "--image-size"),
+        (["schema", "predictions"], 0, "P(parasitized)"),
+        ([], 2, "usage"),
+        (["inject"], 2, "'inject' is no command; allowed are demo, ingest"),
+        (["ingest", "only-one-path"], 2, "dataset"),
+        (["ingest", "a", "b", "--image-sise", "125"], 2, "--image-sise"),
+        (["train", "a", "b", "--model", "resnet"], 2, "resnet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_usage(arguments: list[str], status: int, says: str):
+    done = malaria_ray(*arguments)
+    assert done.returncode == status
+    assert says in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["ingest", "/no/such", "out"], "malaria-ray ingest: /no/such is not there; an archive is a folder"),
+        (["ingest", "/", "out", "--image-size", "5"], "--image-size 5: allowed are 16 to 1024 pixels"),
+        (["train", "/no/such", "out", "--model", "cnn"], "/no/such is not there; it is made by 'malaria-ray ingest'"),
+        (["screen", "/", "out", "--model", "/no/such"], "/no/such is not there; it is made by 'malaria-ray train'"),
+        (["evaluate", "/"], "/ was not made by 'malaria-ray screen'"),
+        (["verify", "/no/such"], "is no dataset, run or results directory"),
+        (["schema", "unknown"], "'unknown' is no table; allowed are manifest"),
+        (["ingest", "nowhere://x", "out"], "nowhere://x: Protocol not known: nowhere; allowed are"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_failure_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: list[str], line: str):
+    done = malaria_ray(*[argument.replace("out", str(tmp_path / "out")) for argument in arguments])
+    assert done.returncode == 1
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists(), "nothing is written where nothing could be done"
+
+
+def test_debug_adds_the_traceback():
+    assert "Traceback" in malaria_ray("verify", "/no/such", "--debug").stderr
+
+
+def test_the_data_dictionary_names_every_column_and_reason():
+    printed = malaria_ray("schema", COLUMNS="200").stdout
+    for table in TABLES.values():
+        assert all(column.name in printed for column in table.columns)
+    assert all(reason in printed for reason in Reason)
+
+
+def test_the_demo_runs_the_whole_line_and_a_second_time_does_nothing(tmp_path: Path):
+    done = malaria_ray("demo", str(tmp_path / "demo"), "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stdout
+    assert "results/metrics" in done.stdout
+    for name in ("dataset/samples.png", "run/learning_curves.png", "run/model.onnx", "results/_SUCCESS.json"):
+        assert (tmp_path / "demo" / name).exists(), name
+    metrics = pq.read_table(tmp_path / "demo/results/metrics").to_pandas()
+    assert set(metrics["split"]) == {"test"}
+    again = malaria_ray("demo", str(tmp_path / "demo"), "--epochs", "1")
+    assert again.returncode == 0
+    assert again.stderr.count("nothing to do") == 4
