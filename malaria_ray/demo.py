@@ -21,7 +21,10 @@ from malaria_ray.stages import evaluate, ingest, screen, train, verify
 
 log = logging.getLogger("malaria_ray")
 
-_N_PATIENTS, _N_CELLS_PER_PATIENT = 40, 18
+# The article's network has to see over a thousand different cells before it finds parasites at all: with these, at half
+# the article's side, it does after some eight epochs (val_accuracy 0.9); with 800 cells at full side it never did.
+_N_PATIENTS, _N_CELLS_PER_PATIENT = 48, 40
+_SYNTHETIC_IMAGE_SIZE, _IMAGE_SIZE = 64, 125
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Config:
     """A real archive instead of a synthetic one."""
     patients: tuple[str, ...] = ()
     """Patient mapping files of that archive."""
-    epochs: int = 8
+    epochs: int = 16
     """Epochs at most."""
     seed: int = 42
     """Seed of the cells, the split and the training."""
@@ -51,11 +54,22 @@ def run(config: Config) -> None:
     folder = storage.locate(config.directory)
     archive = config.archive or str(_synthetic_archive(folder / "archive.zip", config.seed))
     dataset, run_path, results = (str(folder / name) for name in ("dataset", "run", "results"))
+    image_size = _IMAGE_SIZE if config.archive else _SYNTHETIC_IMAGE_SIZE
     with ray_session():
         log.info("1/5 ingest: %s → %s", archive, dataset)
-        ingest.run(ingest.Config(archive=archive, dataset=dataset, patients=config.patients))
+        ingest.run(ingest.Config(archive=archive, dataset=dataset, patients=config.patients, image_size=image_size))
         log.info("2/5 train: %s → %s", dataset, run_path)
-        train.run(train.Config(dataset=dataset, run=run_path, model="cnn", epochs=config.epochs, seed=config.seed))
+        train.run(
+            train.Config(
+                dataset=dataset,
+                run=run_path,
+                model="cnn",
+                epochs=config.epochs,
+                patience=0,
+                batch_size=32,
+                seed=config.seed,
+            )
+        )
         log.info("3/5 screen: the test split of %s → %s", dataset, results)
         screen.run(screen.Config(source=dataset, results=results, model=run_path, split=Split.test))
         log.info("4/5 evaluate: %s", results)
