@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # two busy cores are no fault of an example
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

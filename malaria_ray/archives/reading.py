@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels, content_digest, decode, resize
-from malaria_ray.errors import ImageRefused, ModelError, ReadError
+from malaria_ray.errors import ImageRefused, ReadError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import OK, Reason
 
@@ -226,19 +227,3 @@ def _read_crops(listing: pa.Table, *, image_size: int) -> Cells:
     table = table.append_column("status", pa.repeat(OK, table.num_rows))
     table = table.append_column("detail", pa.nulls(table.num_rows, pa.string()))
     return Cells(table=table, pixels=np.concatenate(pixels))
-
-
-def crop_pixels(column: pa.ChunkedArray, *, image_size: int) -> Pixels:
-    """The `image` column of crops as uint8 (n, image_size, image_size, 3), RGB.
-
-    Raises: `ModelError` where the crops have another size.
-    """
-    n_bytes = image_size * image_size * 3
-    if column.type != pa.binary(n_bytes):
-        found = int((column.type.byte_width // 3) ** 0.5)
-        raise ModelError(f"the crops are {found} × {found}, the model takes {image_size} × {image_size}")
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    buffer = np.frombuffer(array.buffers()[1], np.uint8)
-    start = array.offset * n_bytes
-    return buffer[start : start + len(array) * n_bytes].reshape(-1, image_size, image_size, 3)

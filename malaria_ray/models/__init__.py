@@ -5,18 +5,24 @@ Keras and TensorFlow are imported only below here, and inside the process that t
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-if TYPE_CHECKING:
-    import keras
-
-ModelName = Literal["cnn"]
-
-_BUILDERS = {"cnn": "malaria_ray.models.cnn"}
+ModelName = Literal["cnn", "vgg19-frozen", "vgg19-finetuned"]
 
 
-def build_model(name: ModelName, image_size: int) -> keras.Model:
-    """A new model: uint8 images (n, image_size, image_size, 3) in, P(parasitized) float32 (n, 1) out."""
-    model: keras.Model = importlib.import_module(_BUILDERS[name]).build(image_size)
-    return model
+@dataclass(frozen=True)
+class Recipe:
+    """How the article trains a model."""
+
+    optimizer: Literal["Adam", "RMSprop"]
+    learning_rate: float
+    needs_weights: bool = False
+    is_augmented: bool = False
+
+
+RECIPES: dict[ModelName, Recipe] = {
+    "cnn": Recipe("Adam", 1e-3),
+    "vgg19-frozen": Recipe("RMSprop", 1e-4, needs_weights=True),
+    "vgg19-finetuned": Recipe("RMSprop", 1e-5, needs_weights=True, is_augmented=True),
+}

@@ -48,6 +48,10 @@ class OnnxEngine:
         self._batch_size = batch_size
 
     def score(self, pixels: Pixels) -> Scores:
+        return _checked(self.outputs(pixels))
+
+    def outputs(self, pixels: Pixels) -> Scores:
+        """What the network gives for each image, a score or k features: float32 (n, k)."""
         return _in_batches(lambda batch: self._session.run(None, {self._input: batch})[0], pixels, self._batch_size)
 
 
@@ -73,23 +77,28 @@ class KerasEngine:
         self._batch_size = batch_size
 
     def score(self, pixels: Pixels) -> Scores:
-        return _in_batches(self._model.predict_on_batch, pixels, self._batch_size)
+        return _checked(_in_batches(self._model.predict_on_batch, pixels, self._batch_size))
 
 
 def _in_batches(predict: Any, pixels: Pixels, batch_size: int) -> Scores:
-    """Scores `batch_size` images at a time, the last batch padded: one shape only, so no score depends on its batch.
-
-    Raises: `ModelError` where a score is no number in 0..1.
+    """Predicts `batch_size` images at a time, the last batch padded: one shape only, so no result depends on its
+    batch.
     """
-    scores = np.empty(len(pixels), np.float32)
+    results = []
     for start in range(0, len(pixels), batch_size):
         batch = pixels[start : start + batch_size]
         n = len(batch)
         if n < batch_size:
             batch = np.concatenate([batch, np.zeros((batch_size - n, *batch.shape[1:]), np.uint8)])
-        scores[start : start + n] = np.asarray(predict(batch)).reshape(-1)[:n]
-    if not ((scores >= 0) & (scores <= 1)).all():
-        bad = scores[~((scores >= 0) & (scores <= 1))]
+        results.append(np.asarray(predict(batch), np.float32)[:n])
+    return np.concatenate(results) if results else np.empty((0, 1), np.float32)
+
+
+def _checked(outputs: Scores) -> Scores:
+    """The scores as (n,). Raises: `ModelError` where one is no number in 0..1."""
+    scores = outputs.reshape(-1)
+    bad = scores[~((scores >= 0) & (scores <= 1))]
+    if len(bad):
         raise ModelError(
             f"the model gave {len(bad)} of {len(scores)} scores outside 0..1, {bad[0]} the first; train it anew"
         )

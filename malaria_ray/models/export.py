@@ -13,14 +13,18 @@ import numpy as np
 
 from malaria_ray.cells.images import Pixels
 from malaria_ray.errors import ModelError
+from malaria_ray.models import ModelName
+from malaria_ray.models.building import whole_network
 
 MAX_DIFFERENCE = 1e-4
 """The two files may differ by this much in any score; 2e-7 is what was seen."""
 
 
-def export(checkpoint: str, *, probe: Pixels) -> dict[str, Any]:
+def export(
+    checkpoint: str, *, model_name: ModelName, image_size: int, weights: bytes | None, probe: Pixels
+) -> dict[str, Any]:
     """Reads `model.keras` in the folder `checkpoint`, returns {"keras": bytes, "onnx": bytes, "max_difference",
-    "parameters"}.
+    "parameters", "layers"}. The head of `vgg19-frozen` is put on its backbone, whose `weights` file is needed for that.
 
     `probe`: real crops, uint8 (n, size, size, 3), that both files must score alike.
     Raises: `ModelError` where a score differs by more than `MAX_DIFFERENCE`.
@@ -30,12 +34,14 @@ def export(checkpoint: str, *, probe: Pixels) -> dict[str, Any]:
     import onnxruntime
 
     model = keras.saving.load_model(Path(checkpoint) / "model.keras", compile=False)
+    if model_name == "vgg19-frozen":
+        model = whole_network(model, image_size=image_size, weights=weights)
     expected = np.asarray(model.predict_on_batch(probe)).reshape(-1)  # a loaded model exports only after a first call
     with tempfile.TemporaryDirectory() as folder:
-        keras_file, onnx_file = Path(folder) / "model.keras", Path(folder) / "model.onnx"
+        keras_file = Path(folder) / "model.keras"
         model.save(keras_file)
-        model.export(str(onnx_file), format="onnx", verbose=False)
-        session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+        onnx = to_onnx(model)
+        session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
         found = session.run(None, {session.get_inputs()[0].name: probe})[0].reshape(-1)
         difference = float(np.abs(found - expected).max())
         if not difference <= MAX_DIFFERENCE:
@@ -45,10 +51,31 @@ def export(checkpoint: str, *, probe: Pixels) -> dict[str, Any]:
             )
         return {
             "keras": keras_file.read_bytes(),
-            "onnx": onnx_file.read_bytes(),
+            "onnx": onnx,
             "max_difference": difference,
             "parameters": {
                 "total": int(model.count_params()),
-                "trainable": int(sum(np.prod(weight.shape) for weight in model.trainable_weights)),
+                "trainable": _n_weights(model.trainable_weights),
             },
+            "layers": [
+                {
+                    "layer": layer.name,
+                    "parameters": int(layer.count_params()),
+                    "trainable": _n_weights(layer.trainable_weights),
+                }
+                for layer in model.layers
+                if layer.weights
+            ],
         }
+
+
+def to_onnx(model: Any) -> bytes:
+    """The network as ONNX, any number of images at a time. `model` must have been called on data."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        model.export(str(file), format="onnx", verbose=False)
+        return file.read_bytes()
+
+
+def _n_weights(weights: Any) -> int:
+    return int(sum(np.prod(weight.shape) for weight in weights))

@@ -23,7 +23,8 @@ import ray
 import ray.train
 
 from malaria_ray.errors import TrainingError
-from malaria_ray.models import ModelName, build_model
+from malaria_ray.models import RECIPES, ModelName
+from malaria_ray.models.building import build_trainable
 
 _LOG_EVERY_S = 15.0
 _CHECK_EVERY_STEPS = 20  # how often the loss is looked at: every look waits for the device
@@ -58,6 +59,10 @@ class TrainingPlan:
     n_threads: int
     train: Examples
     val: Examples
+    weights: Any = None
+    """Object reference of the bytes of VGG-19's weights file, for the models that start from one."""
+    initial_model: Any = None
+    """Object reference of the bytes of the `model.keras` that fine-tuning starts from."""
     news: Any
     """`ray.util.queue.Queue` that takes lines for the user, from rank 0."""
 
@@ -66,7 +71,7 @@ class TrainingPlan:
 class Batch:
     """A worker's slice of a global batch, padded to the same length on every worker; padding has weight 0."""
 
-    images: npt.NDArray[np.uint8]
+    images: npt.NDArray[Any]
     labels: npt.NDArray[np.float32]
     weights: npt.NDArray[np.float32]
     n_global: int
@@ -118,8 +123,16 @@ def train_worker(plan: TrainingPlan) -> None:
     checkpoint = ray.train.get_checkpoint()
     with strategy.scope():
         if checkpoint is None:
-            model = build_model(plan.model, plan.image_size)
-            model.compile(optimizer=keras.optimizers.Adam(plan.learning_rate), loss="binary_crossentropy")
+            recipe = RECIPES[plan.model]
+            model = build_trainable(
+                plan.model,
+                image_size=plan.image_size,
+                n_features=_features_of(plan.train),
+                weights=ray.get(plan.weights) if plan.weights else None,
+                initial_model=ray.get(plan.initial_model) if plan.initial_model else None,
+            )
+            optimizer_class = getattr(keras.optimizers, recipe.optimizer)
+            model.compile(optimizer=optimizer_class(plan.learning_rate), loss="binary_crossentropy")
         else:
             with checkpoint.as_directory() as folder:
                 model = keras.saving.load_model(Path(folder) / "model.keras")
@@ -134,7 +147,12 @@ def train_worker(plan: TrainingPlan) -> None:
     if history:
         optimizer.learning_rate.assign(learning_rate)
 
-    train_step, score_step = _steps(tf, keras, model, strategy)
+    augment = None
+    if RECIPES[plan.model].is_augmented:
+        from malaria_ray.models.augmentation import build_augmentation
+
+        augment = build_augmentation(plan.image_size, seed=plan.seed + rank)  # each worker draws changes of its own
+    train_step, score_step = _steps(tf, keras, model, strategy, augment)
 
     for epoch in range(len(history) + 1, plan.epochs + 1):
         if model.stop_training:
@@ -172,6 +190,12 @@ def train_worker(plan: TrainingPlan) -> None:
         _report(model, row, history, is_saver=rank == 0)
 
 
+def _features_of(examples: Examples) -> int | None:
+    """Length of a feature vector; None where the examples are images."""
+    shape = ray.get(examples.parts[0]).shape
+    return int(shape[1]) if len(shape) == 2 else None
+
+
 def _callbacks(keras: Any, plan: TrainingPlan) -> list[Any]:
     """The article's ReduceLROnPlateau, and early stopping where patience is set."""
     callbacks = [keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=2, min_lr=1e-6)]
@@ -180,12 +204,14 @@ def _callbacks(keras: Any, plan: TrainingPlan) -> list[Any]:
     return callbacks
 
 
-def _steps(tf: Any, keras: Any, model: Any, strategy: Any) -> tuple[Any, Any]:
+def _steps(tf: Any, keras: Any, model: Any, strategy: Any, augment: Any) -> tuple[Any, Any]:
     """The compiled training step, (images, labels, weights, n_global) -> [summed loss, n correct] of this worker,
     and the scoring
     step, images -> scores."""
 
     def local_train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
+        if augment is not None:
+            images = augment(images, training=True)
         with tf.GradientTape() as tape:
             scores = tf.squeeze(model(images, training=True), -1)
             losses = keras.losses.binary_crossentropy(labels[:, None], scores[:, None]) * weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,13 @@ from malaria_ray.runtime.terminal import progress
 
 _CHUNK = 1024**2
 _ATTEMPTS = 5
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: MALARIA_RAY_CACHE, else `malaria_ray` in XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("MALARIA_RAY_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "malaria_ray"
 
 
 def download(url: str, target: Path, *, attempts: int = _ATTEMPTS, wait_s: float = 1.0) -> Path:

@@ -56,6 +56,8 @@ def _start() -> None:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # else every start warns that its default will change
+    if not is_debug:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ tells the terminal what it retries by itself
     options = {"logging_level": level, "log_to_driver": is_debug}
     try:
         if address:

@@ -22,7 +22,8 @@ from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
-from malaria_ray.archives.reading import crop_pixels, read_cells
+from malaria_ray.archives.reading import read_cells
+from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import PREPROCESSING, Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
@@ -171,11 +172,7 @@ def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, imag
 
 def _crops(usable: pa.Table, pixels: Pixels, image_size: int) -> pa.Table:
     schema = crops_table(image_size).arrow_schema()
-    type_ = schema.field("image").type
-    images = pa.FixedSizeBinaryArray.from_buffers(
-        type_, len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))]
-    )
-    return usable.append_column("image", images).select(schema.names).cast(schema)
+    return usable.append_column("image", crops_column(pixels)).select(schema.names).cast(schema)
 
 
 def _publish(dataset: UPath) -> tuple[pa.Table, dict[str, FileRecord]]:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,15 @@ from ray.util.queue import Queue
 from tyro.conf import Positional
 from upath import UPath
 
-from malaria_ray.archives.reading import crop_pixels
+from malaria_ray.cells.crops import crop_pixels
+from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ConfigError, MalariaRayError, TrainingError
-from malaria_ray.models import ModelName
+from malaria_ray.models import RECIPES, ModelName
 from malaria_ray.models.export import export
+from malaria_ray.models.features import feature_parts, read_features
 from malaria_ray.models.training import Examples, TrainingPlan, train_worker
+from malaria_ray.models.weights import load_weights
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
 from malaria_ray.runtime.session import n_cpus, ray_session
@@ -50,7 +53,7 @@ class Config:
     run: Positional[str]
     """Directory to write, made if missing."""
     model: ModelName
-    """cnn: the article's convolutional network from scratch."""
+    """cnn: from scratch; vgg19-frozen: a head on VGG-19's features; vgg19-finetuned: its blocks 4 and 5 too."""
     split_by: SplitBy = "patient"
     """Keep each patient's cells in one split, or split image by image as the article does, which leaks patients."""
     epochs: int = 25
@@ -59,8 +62,13 @@ class Config:
     """Stop after so many epochs without a lower validation loss; 0 never stops."""
     batch_size: int = 64
     """Images a step, over all workers together."""
-    learning_rate: float = 1e-3
-    """Adam's learning rate; halved after two epochs without a lower validation loss."""
+    learning_rate: float | None = None
+    """By default the article's: 1e-3 (Adam) for cnn, 1e-4 and 1e-5 (RMSprop) for vgg19-frozen and vgg19-finetuned.
+    Halved after two epochs without a lower validation loss."""
+    weights: str = "imagenet"
+    """VGG-19 weights: imagenet, or a path or URL, if wanted with '#sha256=…'."""
+    init_from: str | None = None
+    """Run of vgg19-frozen on the same split whose head vgg19-finetuned starts from."""
     num_workers: int = 1
     """Training processes, over the nodes of the cluster."""
     cpus_per_worker: int | None = None
@@ -84,7 +92,9 @@ class Config:
             raise ConfigError(
                 f"--num-workers {self.num_workers}: each needs an image of the batch of {self.batch_size}"
             )
-        if not 0 < self.learning_rate <= 1:
+        if self.init_from and self.model != "vgg19-finetuned":
+            raise ConfigError(f"--init-from goes with --model vgg19-finetuned, not with {self.model}")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
 
 
@@ -96,13 +106,17 @@ def run(config: Config) -> None:
     path, dataset = storage.locate(config.run), storage.locate(config.dataset)
     success = outputs.check_complete(dataset, "ingest")
     image_size = outputs.read_config(dataset, "ingest")["identity"]["image_size"]
+    recipe = RECIPES[config.model]
+    learning_rate = config.learning_rate or recipe.learning_rate
+    weights = load_weights(config.weights) if recipe.needs_weights else None
+    same_split = {"dataset_digest": success["dataset_digest"], "split_by": config.split_by, "seed": config.seed}
     identity = {
-        "dataset_digest": success["dataset_digest"],
+        **same_split,
         "image_size": image_size,
-        **{
-            name: getattr(config, name)
-            for name in ("model", "split_by", "epochs", "patience", "batch_size", "learning_rate", "seed")
-        },
+        "learning_rate": learning_rate,
+        "weights": weights.sha256 if weights else None,
+        "init_from": _check_initial_run(config.init_from, same_split) if config.init_from else None,
+        **{name: getattr(config, name) for name in ("model", "epochs", "patience", "batch_size")},
     }
     cells = _cells(dataset)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed)  # raises before anything is written
@@ -119,26 +133,35 @@ def run(config: Config) -> None:
     with ray_session():
         n_threads = config.cpus_per_worker or max(1, n_cpus() // config.num_workers)
         _check_resources(config.num_workers, n_threads)
-        parts = _load_parts(dataset, image_size)
-        examples = {split: _examples(cells, splits == split, parts) for split in Split if split is not Split.test}
+        pixels = _load(_load_pixels, storage.parts(dataset / "crops"), image_size)
+        inputs = pixels
+        if config.model == "vgg19-frozen":
+            assert weights is not None
+            folder = dataset / "features" / f"vgg19-{weights.sha256[:12]}-{success['dataset_digest']}"
+            of_parts = feature_parts(dataset, folder, weights=weights.content, image_size=image_size, n_actors=n_cpus())
+            inputs = _load(read_features, of_parts)
+        prepared = time.monotonic()
+        is_val = splits == Split.val
         plan = TrainingPlan(
             model=config.model,
             image_size=image_size,
             epochs=config.epochs,
             batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
+            learning_rate=learning_rate,
             patience=config.patience,
             seed=config.seed,
             n_threads=n_threads,
-            train=examples[Split.train],
-            val=examples[Split.val],
+            train=_examples(cells, splits == Split.train, inputs),
+            val=_examples(cells, is_val, inputs),
+            weights=ray.put(weights.content) if weights else None,
+            initial_model=_put_file(storage.locate(config.init_from) / "model.keras") if config.init_from else None,
             news=Queue(actor_options={"num_cpus": 0}),
         )
         with _news(plan.news):
             result = _fit(plan, path, config.num_workers)
         trained = time.monotonic()
         history, best = _history(result)
-        exported = _export(best, examples[Split.val], n_threads)
+        exported = _export(best, plan, _examples(cells, is_val, pixels))
 
     for name in ("keras", "onnx"):
         storage.write_bytes(path / f"model.{name}", exported[name])
@@ -162,9 +185,14 @@ def run(config: Config) -> None:
         image_size=image_size,
         threshold=THRESHOLD,
         parameters=exported["parameters"],
+        layers=exported["layers"],
         onnx_max_difference=exported["max_difference"],
         best=best_row.to_dict(),
-        timings={"training_s": round(trained - begun, 1), "total_s": round(time.monotonic() - begun, 1)},
+        timings={
+            "preparation_s": round(prepared - begun, 1),
+            "training_s": round(trained - prepared, 1),
+            "total_s": round(time.monotonic() - begun, 1),
+        },
     )
     log.info(
         "best epoch %d of %d: val_accuracy %.4f, val_loss %.4f, val_roc_auc %.4f",
@@ -173,6 +201,11 @@ def run(config: Config) -> None:
         best_row["val_accuracy"],
         best_row["val_loss"],
         best_row["val_roc_auc"],
+    )
+    log.info(
+        "%s parameters, %s of them trained",
+        f"{exported['parameters']['total']:,}",
+        f"{exported['parameters']['trainable']:,}",
     )
     log.info("run: %s", path)
 
@@ -203,13 +236,40 @@ def _check_resources(num_workers: int, cpus_per_worker: int) -> None:
         )
 
 
-def _load_parts(dataset: UPath, image_size: int) -> list[Any]:
-    """Every crops part as a uint8 array (n, size, size, 3) in Ray's object store, read in parallel; one copy a node."""
-    load = ray.remote(_load_part)
-    return [load.remote(storage.as_url(part), image_size) for part in storage.parts(dataset / "crops")]
+def _check_initial_run(url: str, same_split: dict[str, Any]) -> str:
+    """The run id of `--init-from`. Raises: `ConfigError` where its training saw what this one must not.
+
+    A head that was trained on another split knows patients of this one's test split.
+    """
+    path = storage.locate(url)
+    success = outputs.check_complete(path, "train")
+    was = outputs.read_config(path, "train")["identity"]
+    if success["model"] != "vgg19-frozen":
+        raise ConfigError(
+            f"--init-from {url} is a run of {success['model']}; fine-tuning starts from one of vgg19-frozen"
+        )
+    for name, value in same_split.items():
+        if was[name] != value:
+            raise ConfigError(
+                f"--init-from {url} was trained with {name} {was[name]!r}, this run has {value!r}: its head would "
+                f"know test "
+                "images; train vgg19-frozen on the same dataset, --split-by and --seed"
+            )
+    return str(success["run_id"])
 
 
-def _load_part(url: str, image_size: int) -> np.ndarray:
+def _put_file(path: UPath) -> Any:
+    return ray.put(path.read_bytes())
+
+
+def _load(read: Callable[..., Any], parts: list[UPath], *arguments: Any) -> list[Any]:
+    """Every part as an array in Ray's object store, read in parallel; one copy a node."""
+    task = ray.remote(read)
+    return [task.remote(storage.as_url(part), *arguments) for part in parts]
+
+
+def _load_pixels(url: str, image_size: int) -> Pixels:
+    """One crops part as uint8 (n, size, size, 3)."""
     return crop_pixels(storage.read_table(storage.locate(url), columns=["image"])["image"], image_size=image_size)
 
 
@@ -287,14 +347,15 @@ def _history(result: ray.train.Result) -> tuple[pd.DataFrame, ray.train.Checkpoi
     return history, best
 
 
-def _export(checkpoint: ray.train.Checkpoint, examples: Examples, n_threads: int) -> dict[str, Any]:
-    """Exports in a process of its own, so that the driver never loads TensorFlow."""
+def _export(checkpoint: ray.train.Checkpoint, plan: TrainingPlan, probe: Examples) -> dict[str, Any]:
+    """Exports in a process of its own, so that the driver never builds a network; compares the files on `probe`."""
 
     def task() -> dict[str, Any]:
-        chosen = np.linspace(0, len(examples) - 1, min(_N_PROBE, len(examples))).astype(int)
-        probe = np.stack([ray.get(examples.parts[examples.part[i]])[examples.row[i]] for i in chosen])
+        chosen = np.linspace(0, len(probe) - 1, min(_N_PROBE, len(probe))).astype(int)
+        images = np.stack([ray.get(probe.parts[probe.part[i]])[probe.row[i]] for i in chosen])
+        weights = ray.get(plan.weights) if plan.weights else None
         with checkpoint.as_directory() as folder:
-            return export(folder, probe=probe)
+            return export(folder, model_name=plan.model, image_size=plan.image_size, weights=weights, probe=images)
 
-    exported: dict[str, Any] = ray.get(ray.remote(task).options(num_cpus=n_threads).remote())
+    exported: dict[str, Any] = ray.get(ray.remote(task).options(num_cpus=plan.n_threads).remote())
     return exported

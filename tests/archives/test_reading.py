@@ -14,7 +14,8 @@ from servers import Site, closed_url, serve
 
 from malaria_ray.archives import open_archive, reading
 from malaria_ray.archives.listing import list_archive
-from malaria_ray.archives.reading import crop_pixels, read_cells, read_files
+from malaria_ray.archives.reading import read_cells, read_files
+from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import content_digest, decode, resize
 from malaria_ray.errors import ArchiveError, ModelError
 

@@ -1,23 +1,70 @@
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malaria_ray.models import build_model
+from malaria_ray.models.augmentation import build_augmentation
+from malaria_ray.models.building import build_backbone, build_trainable, whole_network
 from malaria_ray.models.training import Examples, batches, epoch_order
+from malaria_ray.models.vgg19 import with_head
 
 
-@pytest.mark.parametrize(("name", "total", "trainable"), [("cnn", 15_102_529, 15_102_529)])
-def test_parameters_are_the_articles(name, total: int, trainable: int):
-    model = build_model(name, 125)
-    assert model.count_params() == total
-    assert sum(int(np.prod(weight.shape)) for weight in model.trainable_weights) == trainable
+def n_weights(weights) -> int:
+    return sum(int(np.prod(weight.shape)) for weight in weights)
+
+
+def test_parameters_are_the_articles():
+    cnn = build_trainable("cnn", image_size=125)
+    assert (cnn.count_params(), n_weights(cnn.trainable_weights)) == (15_102_529, 15_102_529)
+    head = build_trainable("vgg19-frozen", image_size=125, n_features=4_608)
+    assert n_weights(head.trainable_weights) == 2_622_977
+    frozen = whole_network(head, image_size=125, weights=None)
+    assert (frozen.count_params(), n_weights(frozen.trainable_weights)) == (22_647_361, 2_622_977)
+    finetuned = build_trainable("vgg19-finetuned", image_size=125)
+    assert (finetuned.count_params(), n_weights(finetuned.trainable_weights)) == (22_647_361, 20_321_793)
+
+
+def test_the_whole_network_scores_as_its_head_on_its_features():
+    head = build_trainable("vgg19-frozen", image_size=48, n_features=512)
+    backbone = build_backbone(image_size=48, weights=None)
+    model = with_head(backbone, head)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), np.uint8)
+    features = np.asarray(backbone(pixels)).astype(np.float16)
+    np.testing.assert_allclose(np.asarray(model(pixels)), np.asarray(head(features)), atol=1e-3)
+
+
+def test_preprocessing_inside_the_model_is_keras_own():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    backbone = build_backbone(image_size=32, weights=None)
+    preprocess = keras.Model(backbone.input, backbone.get_layer("preprocess").output)
+    expected = keras.applications.vgg19.preprocess_input(pixels.astype(np.float32))
+    np.testing.assert_allclose(np.asarray(preprocess(pixels)), expected, atol=1e-3)
+
+
+def test_blocks_1_to_3_never_get_a_gradient():
+    model = build_trainable("vgg19-finetuned", image_size=32)
+    trained = {layer.name for layer in model.layers if layer.trainable_weights}
+    assert not {name for name in trained if name.startswith(("block1", "block2", "block3"))}
+    assert {name for name in trained if name.startswith("block")} == {
+        f"block{block}_conv{conv}" for block in (4, 5) for conv in (1, 2, 3, 4)
+    }
+
+
+def test_augmentation_changes_images_and_keeps_their_kind():
+    augment = build_augmentation(48, seed=3)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), np.uint8)
+    changed = np.asarray(augment(pixels))
+    assert changed.shape == pixels.shape
+    assert changed.dtype == np.uint8
+    assert not np.array_equal(changed, pixels)
+    assert not np.array_equal(np.asarray(augment(pixels)), changed), "every epoch draws its own changes"
 
 
 def test_a_model_takes_raw_pixels_and_scales_them_itself():
-    model = build_model("cnn", 32)
+    model = build_trainable("cnn", image_size=32)
     assert model.inputs[0].dtype == "uint8"
     pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     scores = np.asarray(model(pixels))

@@ -11,7 +11,7 @@ import pytest
 from stages.conftest import IMAGE_SIZE, Line, content
 from stages.killing import run_and_kill
 
-from malaria_ray.archives.reading import crop_pixels
+from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.errors import ConfigError, DatasetError, NotCompleteError, TrainingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import HISTORY, SPLITS

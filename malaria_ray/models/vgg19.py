@@ -1,0 +1,65 @@
+"""The article's second and third model: VGG-19 (Simonyan and Zisserman 2014) under the dense head.
+
+Both are image in, score out. `vgg19-frozen` trains the head alone, on features that the backbone gives once per image;
+`vgg19-finetuned` trains blocks 4 and 5 too, from the head of a frozen run if there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from malaria_ray.errors import ModelError
+from malaria_ray.models.head import dense_head, image_input
+
+_MEAN_BGR = (103.939, 116.779, 123.68)  # of ImageNet, as keras.applications.vgg19.preprocess_input subtracts it
+_TRAINED_BLOCKS = ("block4", "block5")
+
+
+def build_backbone(image_size: int, weights: str | None = None) -> keras.Model:
+    """Raw pixels to features: uint8 (n, image_size, image_size, 3), RGB → float32 (n, k); k is 4,608 at 125 × 125.
+
+    `weights`: a file for `keras.applications.VGG19(include_top=False)`; None leaves them random.
+    Raises: `ModelError` where the file does not fit.
+    """
+    inputs = image_input(image_size)
+    blue_first = keras.ops.flip(keras.layers.Rescaling(1.0, name="to_float")(inputs), axis=-1)
+    centred = keras.layers.Rescaling(1.0, offset=[-mean for mean in _MEAN_BGR], name="preprocess")(blue_first)
+    try:
+        vgg19 = keras.applications.VGG19(include_top=False, weights=weights, input_tensor=centred)
+    except (ValueError, OSError) as error:
+        raise ModelError(
+            f"--weights {weights} are no weights of VGG-19 without its top: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return keras.Model(inputs, keras.layers.Flatten(name="features")(vgg19.output), name="vgg19")
+
+
+def build_head(n_features: int) -> keras.Model:
+    """The head alone: float16 or float32 features (n, n_features) → P(parasitized) float32 (n, 1)."""
+    inputs = keras.Input((n_features,), dtype="float16", name="features")
+    to_float: Any = keras.layers.Rescaling(1.0, name="to_float")(inputs)
+    return keras.Model(inputs, dense_head(to_float), name="vgg19_head")
+
+
+def with_head(backbone: keras.Model, head: keras.Model) -> keras.Model:
+    """The whole network, image in, score out, of a backbone and a trained head: `model.keras` of `vgg19-frozen`."""
+    model = keras.Model(backbone.input, dense_head(backbone.output), name="vgg19_frozen")
+    of_head = [layer for layer in head.layers if layer.weights]
+    for target, source in zip(
+        [layer for layer in model.layers if layer.weights][-len(of_head) :], of_head, strict=True
+    ):
+        target.set_weights(source.get_weights())
+    for layer in backbone.layers:
+        layer.trainable = False
+    return model
+
+
+def build_finetuned(image_size: int, weights: str | None = None) -> keras.Model:
+    """VGG-19 and head with blocks 4 and 5 and the head trainable. Blocks 1-3 get no gradient and cost their forward
+    pass.
+    """
+    backbone = build_backbone(image_size, weights)
+    for layer in backbone.layers:
+        layer.trainable = layer.name.startswith(_TRAINED_BLOCKS)
+    return keras.Model(backbone.input, dense_head(backbone.output), name="vgg19_finetuned")
