@@ -82,7 +82,7 @@ def _configure_output(debug: bool) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log = logging.getLogger("malaria_ray")
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
     log.propagate = False
     if not debug:
         warnings.simplefilter("ignore")

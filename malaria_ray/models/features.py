@@ -42,10 +42,9 @@ def feature_parts(dataset: UPath, folder: UPath, *, weights: bytes, image_size: 
     crops = storage.parts(dataset / "crops")
     todo = [storage.as_url(part) for part in crops if not (folder / part.name).exists()]
     if todo:
-        export = ray.remote(_backbone_as_onnx)
-        plan = FeaturePlan(
-            backbone=export.remote(weights, image_size), image_size=image_size, folder=storage.as_url(folder)
-        )
+        backbone = ray.remote(_backbone_as_onnx).remote(weights, image_size)
+        ray.wait([backbone])  # before the actors take the CPUs that it needs
+        plan = FeaturePlan(backbone=backbone, image_size=image_size, folder=storage.as_url(folder))
         rows = ray.data.from_items([{"crops": url} for url in todo], override_num_blocks=len(todo)).map(
             _FeatureActor,
             fn_constructor_args=([plan],),

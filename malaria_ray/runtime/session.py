@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import ray
 import ray.exceptions
 from ray.data import DataContext
 
 from malaria_ray.errors import ConfigError, MalariaRayError
+from malaria_ray.runtime.quiet import stderr_silenced
 
 log = logging.getLogger("malaria_ray")
 
@@ -58,12 +60,12 @@ def _start() -> None:
     )  # else every start warns that its default will change
     if not is_debug:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ tells the terminal what it retries by itself
-    options = {"logging_level": level, "log_to_driver": is_debug}
+    options: dict[str, Any] = {"address": address, "logging_level": level, "log_to_driver": is_debug}
+    if not address:
+        options |= {"address": "local", "include_dashboard": False}
     try:
-        if address:
-            ray.init(address=address, **options)
-        else:
-            ray.init(address="local", include_dashboard=False, **options)
+        with nullcontext() if is_debug else stderr_silenced():  # a fault is raised, the rest is C++'s start-up chatter
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"{where} could not be reached: {error}; unset RAY_ADDRESS to run on this machine") from error
