@@ -35,7 +35,7 @@ def build_trainable(
     if name == "vgg19-frozen":
         assert n_features is not None
         return vgg19.build_head(n_features)
-    with _as_file(weights, ".weights.h5") as file:
+    with _as_file(weights, ".h5") as file:
         model = vgg19.build_finetuned(image_size, file)
     if initial_model is not None:
         import keras
@@ -49,7 +49,7 @@ def build_backbone(*, image_size: int, weights: bytes | None) -> keras.Model:
     """VGG-19 up to its features, with the content of a weights file."""
     from malaria_ray.models import vgg19
 
-    with _as_file(weights, ".weights.h5") as file:
+    with _as_file(weights, ".h5") as file:
         return vgg19.build_backbone(image_size, file)
 
 
