@@ -90,6 +90,12 @@ def _configure_output(debug: bool) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+def _unexpected(error: BaseException) -> str:
+    """An error that is not ours: Ray puts whole tracebacks into its messages, whose last line is what was raised."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[-1].split())[:400]}" if lines else type(error).__name__
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 

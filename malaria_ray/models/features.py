@@ -42,9 +42,9 @@ def feature_parts(dataset: UPath, folder: UPath, *, weights: bytes, image_size: 
     crops = storage.parts(dataset / "crops")
     todo = [storage.as_url(part) for part in crops if not (folder / part.name).exists()]
     if todo:
-        backbone = ray.remote(_backbone_as_onnx).remote(weights, image_size)
-        ray.wait([backbone])  # before the actors take the CPUs that it needs
-        plan = FeaturePlan(backbone=backbone, image_size=image_size, folder=storage.as_url(folder))
+        # Got before the actors take the CPUs that making it needs, and its error is raised here and not in each actor.
+        backbone = ray.get(ray.remote(_backbone_as_onnx).remote(weights, image_size))
+        plan = FeaturePlan(backbone=ray.put(backbone), image_size=image_size, folder=storage.as_url(folder))
         rows = ray.data.from_items([{"crops": url} for url in todo], override_num_blocks=len(todo)).map(
             _FeatureActor,
             fn_constructor_args=([plan],),

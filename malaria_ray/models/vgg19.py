@@ -29,8 +29,9 @@ def build_backbone(image_size: int, weights: str | None = None) -> keras.Model:
     try:
         vgg19 = keras.applications.VGG19(include_top=False, weights=weights, input_tensor=centred)
     except (ValueError, OSError) as error:
+        found = " ".join(str(error).split())[:160]
         raise ModelError(
-            f"--weights {weights} are no weights of VGG-19 without its top: {' '.join(str(error).split())[:200]}"
+            f"--weights holds no weights for keras.applications.VGG19(include_top=False): {found}; give its .h5 file"
         ) from error
     return keras.Model(inputs, keras.layers.Flatten(name="features")(vgg19.output), name="vgg19")
 

@@ -48,7 +48,7 @@ def n_cpus() -> int:
 def _start() -> None:
     address = os.environ.get("RAY_ADDRESS")
     is_debug = log.isEnabledFor(logging.DEBUG)
-    level = logging.INFO if is_debug else logging.ERROR
+    level = logging.INFO if is_debug else logging.CRITICAL
     for name in (
         "ray",
         "ray.data",
