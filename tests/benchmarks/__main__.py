@@ -1,0 +1,5 @@
+"""All side-by-side measurements: make bench."""
+
+from tests.benchmarks import ingest
+
+ingest.main()
