@@ -44,6 +44,14 @@ class Reason(enum.StrEnum):
     UNSUPPORTED_COMPRESSION = "unsupported_compression"
 
 
+class Call(enum.StrEnum):
+    """What the counts of a patient's cells say at a fixed specificity for patients."""
+
+    positive = "positive"
+    negative = "negative"
+    undecided = "undecided"
+
+
 OK = "ok"
 
 REASON_MEANING: dict[Reason, str] = {
@@ -218,7 +226,7 @@ METRICS = Table(
 
 PATIENTS = Table(
     "patients",
-    "one row per patient. A class-balanced crop archive gives no parasitaemia",
+    "one row per patient. A class-balanced crop archive gives no parasitaemia: fractions are of its crops",
     (
         PATIENT_ID,
         Column(
@@ -231,6 +239,39 @@ PATIENTS = Table(
         Column("parasitized_fraction", pa.float64(), "n_parasitized / n_cells; not parasitaemia"),
         Column("ci_low", pa.float64(), "lower end of its 95 % Wilson interval"),
         Column("ci_high", pa.float64(), "upper end of its 95 % Wilson interval"),
+        Column(
+            "corrected_fraction",
+            pa.float64(),
+            "parasitized_fraction corrected for the model's rates of error; not parasitaemia. This and all that "
+            "follows is null where the rates of error are not known",
+        ),
+        Column(
+            "corrected_ci_low",
+            pa.float64(),
+            "lower end of its 95 % interval, the spread of the rates of error between patients included",
+        ),
+        Column("corrected_ci_high", pa.float64(), "upper end of that interval"),
+        Column(
+            "call",
+            pa.string(),
+            "positive, negative or undecided: whether ci_low..ci_high lies above, below or across call_threshold",
+        ),
+        Column(
+            "call_threshold",
+            pa.float64(),
+            "parasitized_fraction that the wanted share of uninfected patients does not exceed, the same in all rows",
+        ),
+        Column(
+            "limit_of_detection",
+            pa.float64(),
+            "true fraction from which 95 % of patients with n_cells cells are called positive; null where none is",
+        ),
+        Column(
+            "n_more_cells",
+            pa.int64(),
+            "cells that an undecided patient needs on top, should they be called as those before; 0 where decided, "
+            "null where no number in reason decides",
+        ),
     ),
 )
 
