@@ -52,6 +52,33 @@ class Call(enum.StrEnum):
     undecided = "undecided"
 
 
+class QualityFlag(enum.StrEnum):
+    """What is unusual about an image; a reason to look at it, not to leave it out."""
+
+    blank = "blank"
+    blurred = "blurred"
+    noisy = "noisy"
+    underexposed = "underexposed"
+    overexposed = "overexposed"
+    stain = "stain"
+    inverted = "inverted"
+    not_cut_out = "not_cut_out"
+    size = "size"
+
+
+QUALITY_MEANING: dict[QualityFlag, str] = {
+    QualityFlag.blank: "no cell: black nearly all over, or of one colour",
+    QualityFlag.blurred: "out of focus",
+    QualityFlag.noisy: "pixels that differ from their neighbours more than in any cell",
+    QualityFlag.underexposed: "too dark",
+    QualityFlag.overexposed: "too bright",
+    QualityFlag.stain: "a colour that Giemsa's stain does not give, grey included",
+    QualityFlag.inverted: "greenish, as a negative is",
+    QualityFlag.not_cut_out: "no black around: not one cell cut out of its field",
+    QualityFlag.size: "far smaller or larger than a red blood cell of the images learnt from",
+}
+
+
 OK = "ok"
 
 REASON_MEANING: dict[Reason, str] = {

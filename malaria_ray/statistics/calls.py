@@ -35,7 +35,7 @@ MAX_MORE_CELLS = 10**9
 Nodes = tuple[Floats, Floats]
 
 _N_NODES, _STEP = 377, 233  # a Fibonacci lattice: neighbouring Fibonacci numbers
-_N_HALVINGS = 20  # on the scale of √t: 2e-6 where t is near 1, less below
+_N_HALVINGS = 16  # on the scale of √t: within 3e-5 where t is near 1, less below
 _AT_ONCE = 1000
 
 
