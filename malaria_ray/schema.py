@@ -79,6 +79,23 @@ QUALITY_MEANING: dict[QualityFlag, str] = {
 }
 
 
+class ReviewReason(enum.StrEnum):
+    """Why a person should look at an image."""
+
+    undecided_patient = "undecided_patient"
+    uncertain = "uncertain"
+    novel = "novel"
+    quality = "quality"
+
+
+REVIEW_MEANING: dict[ReviewReason, str] = {
+    ReviewReason.undecided_patient: "called parasitized in a patient whose cells do not decide: the look may decide",
+    ReviewReason.uncertain: "the score is near the threshold",
+    ReviewReason.novel: "unlike the images that the model has learnt from",
+    ReviewReason.quality: "has a quality flag",
+}
+
+
 OK = "ok"
 
 REASON_MEANING: dict[Reason, str] = {
@@ -302,6 +319,40 @@ PATIENTS = Table(
     ),
 )
 
+REVIEW = Table(
+    "review",
+    "one row per image that was scored: whether a person should look at it, why, and which first",
+    (
+        IMAGE_ID,
+        PATIENT_ID,
+        Column("score", pa.float32(), "P(parasitized) in 0..1 by the model"),
+        Column("predicted_label", pa.int8(), "1 where score >= the run's threshold, else 0"),
+        Column("needs_review", pa.bool_(), "true where there is a reason to look"),
+        Column("reasons", pa.list_(pa.string()), "enumerated codes: " + ", ".join(ReviewReason)),
+        Column("quality_flags", pa.list_(pa.string()), "enumerated codes: " + ", ".join(QualityFlag)),
+        Column("uncertainty", pa.float64(), "1 for a score on the threshold, towards 0 far from it"),
+        Column("value", pa.float64(), "what a look is worth, 0..1, to order by; no probability"),
+        Column("rank", pa.int64(), "1 for the image to look at first; null where there is no reason to look"),
+    ),
+)
+
+LABEL_AUDIT = Table(
+    "label_audit",
+    "one row per image whose label is likely wrong, the least credible label first",
+    (
+        IMAGE_ID,
+        PATIENT_ID,
+        Column("label", pa.int8(), "the label of the archive: 0 uninfected, 1 parasitized"),
+        Column("suggested_label", pa.int8(), "the other one"),
+        Column("label_credibility", pa.float64(), "probability of the archive's label by the models' mean score"),
+        Column("score_mean", pa.float64(), "mean out-of-fold P(parasitized) of the models"),
+        Column("score_min", pa.float64(), "least of the models' scores"),
+        Column("score_max", pa.float64(), "greatest of the models' scores"),
+        Column("n_models", pa.int64(), "models that have scored the image without having learnt from its patient"),
+        Column("n_models_against", pa.int64(), "of them, those whose score is on the other side of 0.5 than the label"),
+    ),
+)
+
 LISTING = Table(
     "listing",
     "one row per file found in the archive, before anything was read: what it is and where its bytes lie",
@@ -355,6 +406,8 @@ TABLES: dict[str, Table] = {
         PREDICTIONS,
         METRICS,
         PATIENTS,
+        REVIEW,
+        LABEL_AUDIT,
         LISTING,
     )
 }

@@ -91,12 +91,12 @@ def fit_temperature(label: ArrayLike, score: ArrayLike) -> float:
                 f"none of the {len(labels)} validation cells is {wanted.name}: a temperature needs both classes; "
                 "validate on patients of both"
             )
-    logits = _logits(scores)
-    if np.all(logits * (2 * labels - 1) >= 0):
+    logit_of_cell = logits(scores)
+    if np.all(logit_of_cell * (2 * labels - 1) >= 0):
         return 1.0
 
     def slope(log_temperature: float) -> float:
-        return float(np.mean((labels - expit(logits * math.exp(-log_temperature))) * logits))
+        return float(np.mean((labels - expit(logit_of_cell * math.exp(-log_temperature))) * logit_of_cell))
 
     coldest, hottest = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     if slope(coldest) >= 0:
@@ -116,7 +116,7 @@ def calibrate(score: ArrayLike, temperature: float) -> NDArray[np.floating[Any]]
     """
     scores = check_scores(score)
     _check_temperature(temperature)
-    return scores if temperature == 1 else expit(_logits(scores) / temperature).astype(scores.dtype)
+    return scores if temperature == 1 else expit(logits(scores) / temperature).astype(scores.dtype)
 
 
 def threshold_for_specificity(label: ArrayLike, score: ArrayLike, specificity: float) -> float:
@@ -156,9 +156,10 @@ def threshold_for_specificity(label: ArrayLike, score: ArrayLike, specificity: f
     return float(np.nextafter(highest_negative, highest_negative.dtype.type(1)))
 
 
-def _logits(scores: NDArray[np.floating[Any]]) -> Floats:
-    logits: Floats = logit(np.clip(scores.astype(np.float64), CLIP, 1 - CLIP))
-    return logits
+def logits(score: NDArray[np.floating[Any]]) -> Floats:
+    """(n,) float64, ln(score / (1 - score)) of checked scores, no farther from 0 than 16.6 (`CLIP`)."""
+    found: Floats = logit(np.clip(score.astype(np.float64), CLIP, 1 - CLIP))
+    return found
 
 
 def _check_temperature(temperature: float) -> None:
