@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betainc, ndtri
+from scipy.special import betainc, gammaln, ndtri, xlog1py, xlogy
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.schema import Call
@@ -68,7 +68,7 @@ def corrected_fraction(
 
     def ends(k: Integers, n: Integers) -> Floats:
         def as_high(t: Floats) -> Floats:
-            return (_tail(k, n, t, nodes) + _tail(k + 1, n, t, nodes)) / 2
+            return _tail(k, n, t, nodes, mid_p=True)
 
         return np.stack([_crossing(as_high, tail, len(n)), _crossing(as_high, 1 - tail, len(n))])
 
@@ -183,13 +183,19 @@ def _nodes(rates: ErrorRates) -> Nodes:
     return fp, 1 - fn
 
 
-def _tail(k: Integers, n: Integers, t: Floats, nodes: Nodes) -> Floats:
-    """(p,) P(count >= k) in n cells of a patient with a fraction t parasitized, averaged over rates of error."""
+def _tail(k: Integers, n: Integers, t: Floats, nodes: Nodes, *, mid_p: bool = False) -> Floats:
+    """(p,) P(count >= k) in n cells of a patient with a fraction t parasitized, averaged over rates of error; with
+    `mid_p` less half of P(count = k)."""
     fp, sensitivity = nodes
-    called = t[:, None] * sensitivity + (1 - t[:, None]) * fp
-    inner = np.clip(k, 1, np.maximum(n, 1))[:, None]
-    tail = betainc(inner, (n[:, None] - inner + 1).clip(min=1), called).mean(axis=1)
-    return np.where(k <= 0, 1.0, np.where(k > n, 0.0, tail))
+    k, n, t = k[:, None], n[:, None], t[:, None]
+    called = t * sensitivity + (1 - t) * fp
+    inner = np.clip(k, 1, np.maximum(n, 1))
+    tail = np.where(k <= 0, 1.0, np.where(k > n, 0.0, betainc(inner, np.maximum(n - inner + 1, 1), called)))
+    if mid_p:
+        ways = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+        tail = tail - np.exp(ways + xlogy(k, called) + xlog1py(n - k, -called)) / 2
+    mean: Floats = tail.mean(axis=1)
+    return mean
 
 
 def _crossing(rising: Callable[[Floats], Floats], level: float, n: int) -> Floats:

@@ -61,7 +61,7 @@ def coverage(fraction: float, n_cells: int, n_validation_patients: int, n_worlds
     held = []
     for _ in range(n_worlds):
         rates = learnt(rng, n_validation_patients, 60)
-        k = counted(rng, np.full(150, fraction), n_cells)
+        k = counted(rng, np.full(80, fraction), n_cells)
         _, low, high = corrected_fraction(k, n_cells, rates)
         held.append(np.mean((low <= fraction) & (fraction <= high)))
     return float(np.mean(held))
