@@ -135,25 +135,36 @@ def threshold_for_specificity(label: ArrayLike, score: ArrayLike, specificity: f
     Raises DatasetError for bad labels or scores, for too few uninfected cells, and where too many of them have a
     score of 1; ConfigError for a specificity that is not between 0 and 1.
     """
-    if not 0 < specificity < 1:
-        raise ConfigError(f"specificity is {specificity}: allowed is between 0 and 1, 0.99 say")
     labels, scores = check_cells(label, score)
     uninfected = np.sort(scores[labels == Label.uninfected])
     n = len(uninfected)
-    rank = math.ceil((n + 1) * specificity - 1e-9)  # 1,000 × 0.9 must not become 901 by rounding
-    if rank > n:
-        needed = math.ceil(specificity / (1 - specificity) - 1e-9)
-        raise DatasetError(
-            f"{n} uninfected validation cells cannot carry a specificity of {specificity:g}: it takes {needed:,} or "
-            "more; lower it or validate on more cells"
-        )
-    highest_negative = uninfected[rank - 1]
+    check_specificity(specificity, n)
+    highest_negative = uninfected[_rank(n, specificity) - 1]
     if highest_negative >= 1:
         raise DatasetError(
             f"{np.sum(uninfected >= 1)} of {n} uninfected validation cells have a score of 1: no threshold gives a "
             f"specificity of {specificity:g}; lower it or train a better model"
         )
     return float(np.nextafter(highest_negative, highest_negative.dtype.type(1)))
+
+
+def check_specificity(specificity: float, n_uninfected: int) -> None:
+    """Raises what `threshold_for_specificity` would for so many uninfected cells; to be asked before training.
+
+    ConfigError for a specificity that is not between 0 and 1, DatasetError for too few cells.
+    """
+    if not 0 < specificity < 1:
+        raise ConfigError(f"specificity is {specificity}: allowed is between 0 and 1, 0.99 say")
+    if _rank(n_uninfected, specificity) > n_uninfected:
+        needed = math.ceil(specificity / (1 - specificity) - 1e-9)
+        raise DatasetError(
+            f"{n_uninfected} uninfected validation cells cannot carry a specificity of {specificity:g}: it takes "
+            f"{needed:,} or more; lower it or validate on more cells"
+        )
+
+
+def _rank(n: int, specificity: float) -> int:
+    return math.ceil((n + 1) * specificity - 1e-9)  # 1,000 × 0.9 must not become 901 by rounding
 
 
 def logits(score: NDArray[np.floating[Any]]) -> Floats:
