@@ -298,7 +298,8 @@ PATIENTS = Table(
         Column(
             "call",
             pa.string(),
-            "positive, negative or undecided: whether ci_low..ci_high lies above, below or across call_threshold",
+            "positive, negative or undecided: whether ci_low..ci_high lies above, below or across call_threshold; "
+            "never negative without a limit_of_detection",
         ),
         Column(
             "call_threshold",

@@ -53,6 +53,9 @@ def corrected_fraction(
     interval of Reiczigel et al. 2010; here the rates of this patient are uncertain, by the spread between patients and
     by what the validation cells leave open. (Lang & Reiczigel 2014, Confidence limits for prevalence of disease
     adjusted for estimated diagnostic sensitivity and specificity, carry only the latter, by a normal approximation.)
+    In simulations (`coverage` in tests/statistics/test_calls.py) nominal 95 % intervals held the truth of 95 to 97 % of
+    patients with 60 to 1,000 cells where rates had been learnt from 30 or 100 patients, of 97 to 99 % where from 5 to
+    12; of 98 % with ten cells or none parasitized.
 
     NaN for patients without cells, and for all where the model calls parasitized cells no oftener than others. Raises
     DatasetError for counts out of range, ConfigError for a confidence outside 0..1.
@@ -101,15 +104,21 @@ def patient_call(
     """(p,) of `Call`: on which side of `call_threshold` the patient's share of called cells is.
 
     positive   Wilson's interval of the share lies above it: more than an uninfected patient shows
-    negative   it lies below: no more than uninfected patients show. An infection below `limit_of_detection` looks so
-    undecided  it lies on both sides, so the cells are too few to tell
+    negative   it lies below, no more than uninfected patients show, and so many cells have a `limit_of_detection`. An
+               infection below that limit looks the same
+    undecided  it lies on both sides, so the cells are too few to tell; or not even a patient of nothing but parasitized
+               cells would be sure to be found, so that nothing is excluded
 
-    At most 1 - specificity of uninfected patients are called positive (some 0.1 % more for the interval's own error).
-    Raises as `corrected_fraction` does, and ConfigError for a specificity that is not between 0 and 1.
+    At most 1 - specificity of uninfected patients are called positive; fewer where cells are few and rates uncertain.
+    In simulations of patients with 130 cells and rates learnt from 5 to 100 patients it was 0.6 to 1.4 % where 5 % were
+    allowed, and 95 to 97 % at the limit of detection. Raises as `corrected_fraction` does, and ConfigError for a
+    specificity that is not between 0 and 1.
     """
     k, n = _check_counts(n_parasitized, n_cells)
-    distance = _distance(k, n, call_threshold(rates, specificity), confidence)
-    return np.select([distance > 1, distance < -1], [Call.positive, Call.negative], Call.undecided).astype(object)
+    threshold = call_threshold(rates, specificity)
+    distance = _distance(k, n, threshold, confidence)
+    is_negative = (distance < -1) & _is_enough(n, rates, threshold, confidence)
+    return np.select([distance > 1, is_negative], [Call.positive, Call.negative], Call.undecided).astype(object)
 
 
 def n_more_cells(
@@ -121,18 +130,23 @@ def n_more_cells(
     confidence: float = 0.95,
 ) -> pd.Series:
     """(p,) Int64: cells that an undecided patient needs on top, should they be called as those before; 0 for the
-    decided, null where it takes more than 10⁹: a share on the very threshold is never decided.
+    decided, null where it takes more than 10⁹: a share on the very threshold is never decided, nor excluded is anything
+    by a model whose rates of error are too high or too little known.
 
     Raises as `patient_call` does.
     """
     k, n = _check_counts(n_parasitized, n_cells)
     threshold = call_threshold(rates, specificity)
     distance = _distance(k, n, threshold, confidence)
+    call = patient_call(k, n, rates, specificity=specificity, confidence=confidence)
     with np.errstate(divide="ignore", invalid="ignore"):
         # The distance grows with √n. Of no cells at all, suppose what healthy patients show: the fewest that decide.
         needed = np.where(n > 0, n / distance**2, _z(confidence) ** 2 * (1 - threshold) / threshold)
-    more = np.where(np.abs(distance) > 1, 0, np.floor(needed) + 1 - n)
-    return pd.Series(more).where(needed <= MAX_MORE_CELLS).astype("Int64")
+    is_low = (distance < 0) | (n == 0)
+    if np.any(is_low & (call == Call.undecided)):
+        needed = np.where(is_low, np.maximum(needed, _fewest_enough(rates, threshold, confidence) - 1), needed)
+    more = np.where(call == Call.undecided, np.floor(needed) + 1 - n, 0)
+    return pd.Series(more).where((call != Call.undecided) | (needed <= MAX_MORE_CELLS)).astype("Int64")
 
 
 def limit_of_detection(
@@ -141,10 +155,9 @@ def limit_of_detection(
     *,
     specificity: float = PATIENT_SPECIFICITY,
     confidence: float = 0.95,
-    detection: float = DETECTION,
 ) -> Floats:
-    """(p,) float64 in 0..1: the smallest true fraction of parasitized cells that is called positive in this share
-    (`detection`) of patients with so many cells; NaN where even 1 is not.
+    """(p,) float64 in 0..1: the smallest true fraction of parasitized cells that is called positive in 95 % of patients
+    with so many cells (`DETECTION`); NaN where even 1 is not.
 
     More cells lower it only as far as the noise floor: Delahunt et al. 2024; the limit of detection above a limit of
     blank of CLSI EP17, as Joanny et al. 2014 (Malaria Journal 13:234) measure it for microscopists.
@@ -152,15 +165,39 @@ def limit_of_detection(
     Raises as `patient_call` does.
     """
     n = _check_counts(np.zeros_like(np.asarray(n_cells)), n_cells)[1]
-    threshold = call_threshold(rates, specificity)
-    z, nodes = _z(confidence), _nodes(rates)
+    threshold, nodes = call_threshold(rates, specificity), _nodes(rates)
 
     def limits(fewest: Integers, n: Integers) -> Floats:
-        return _crossing(lambda t: _tail(fewest, n, t, nodes), detection, len(n))[None]
+        return _crossing(lambda t: _tail(fewest, n, t, nodes), DETECTION, len(n))[None]
 
-    fewest = np.floor(n * threshold + z * np.sqrt(n * threshold * (1 - threshold))).astype(np.int64) + 1
-    found = _of_distinct(limits, np.minimum(fewest, n + 1), n)[0]
-    return np.where(fewest > n, np.nan, found)
+    found: Floats = _of_distinct(limits, _fewest_positive(n, threshold, confidence), n)[0]
+    return found
+
+
+def _fewest_positive(n: Integers, threshold: float, confidence: float) -> Integers:
+    """(p,) the smallest count of n cells that is called positive; n + 1 where none is."""
+    half_width = _z(confidence) * np.sqrt(n * threshold * (1 - threshold))
+    fewest: Integers = np.minimum(np.floor(n * threshold + half_width).astype(np.int64) + 1, n + 1)
+    return fewest
+
+
+def _is_enough(n: Integers, rates: ErrorRates, threshold: float, confidence: float) -> NDArray[np.bool_]:
+    """(p,) whether so many cells have a limit of detection: with all parasitized, `DETECTION` of patients are found."""
+    nodes = _nodes(rates)
+
+    def found(fewest: Integers, n: Integers) -> Floats:
+        return _tail(fewest, n, np.ones(len(n)), nodes)[None]
+
+    share = _of_distinct(found, _fewest_positive(n, threshold, confidence), n)[0]
+    is_enough: NDArray[np.bool_] = share >= DETECTION
+    return is_enough
+
+
+def _fewest_enough(rates: ErrorRates, threshold: float, confidence: float) -> float:
+    """The smallest number of cells with a limit of detection, above 512 within a tenth; infinite where none has one."""
+    n = np.unique(np.concatenate([np.arange(1, 513), np.geomspace(512, MAX_MORE_CELLS, 152)]).astype(np.int64))
+    enough = _is_enough(n, rates, threshold, confidence)
+    return float(n[np.argmax(enough)]) if enough.any() else np.inf
 
 
 def _distance(k: Integers, n: Integers, threshold: float, confidence: float) -> Floats:

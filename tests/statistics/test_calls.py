@@ -216,6 +216,35 @@ def test_the_cells_that_an_undecided_patient_needs_decide() -> None:
         assert low[1] <= threshold <= high[1]  # and one fewer do not
 
 
+POOR = ErrorRates(  # as learnt from 37 cells
+    false_positive=PatientRate(alpha=0.62, beta=1.67, n_errors=5, n_cells=20, n_patients=8),
+    false_negative=PatientRate(alpha=1.71, beta=1.19, n_errors=11, n_cells=17, n_patients=7),
+    threshold=0.5,
+)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_finds_no_infection_for_sure_calls_nobody_negative() -> None:
+    assert np.isnan(limit_of_detection([2, 10_000], POOR)).all()
+    assert patient_call([0, 0], [2, 10_000], POOR).tolist() == [Call.undecided] * 2
+    assert n_more_cells([0, 0], [2, 10_000], POOR).isna().all()
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.sampled_from([SPREAD, POOR, known(0.2, 0.3)]))
+def test_a_negative_call_has_a_limit_of_detection(k: int, n: int, rates: ErrorRates) -> None:
+    if patient_call(min(k, n), n, rates)[0] == Call.negative:
+        assert not np.isnan(limit_of_detection(n, rates)[0])
+
+
+def test_few_cells_of_a_middling_model_are_undecided_until_there_are_enough() -> None:
+    rates = known(0.5, 0.05)  # of two cells none is called: below 0.5 for sure by no means
+    for n in (1, 2, 4, 6):
+        more = n_more_cells([0], [n], rates)[0]
+        assert patient_call(0, n, rates)[0] == Call.undecided
+        assert patient_call(0, n + more, rates)[0] == Call.negative
+        assert patient_call(0, n + more - 1, rates)[0] == Call.undecided
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_share_on_the_threshold_is_never_decided() -> None:
     rates = known(0.25, 0.1)
