@@ -26,7 +26,7 @@ FALSE_POSITIVE, FALSE_NEGATIVE = (0.02, 0.03), (0.06, 0.02)
 
 def rate(mean: float, correlation: float) -> PatientRate:
     size = 1 / correlation - 1
-    return PatientRate(alpha=mean * size, beta=(1 - mean) * size, n_errors=0, n_cells=0, n_patients=0)
+    return PatientRate.of_beta(mean * size, (1 - mean) * size)
 
 
 def known(fp: float, fn: float) -> ErrorRates:
@@ -110,8 +110,8 @@ def test_known_rates_give_the_interval_by_hand() -> None:
 def test_many_cells_without_spread_agree_with_lang_and_reiczigel() -> None:
     k, n, n_sensitivity, n_specificity, sensitivity, specificity = 300, 1000, 800, 900, 0.92, 0.95
     rates = ErrorRates(
-        false_positive=PatientRate(alpha=45.5, beta=855.5, n_errors=45, n_cells=900, n_patients=1),
-        false_negative=PatientRate(alpha=64.5, beta=736.5, n_errors=64, n_cells=800, n_patients=1),
+        false_positive=PatientRate.of_beta(45.5, 855.5),
+        false_negative=PatientRate.of_beta(64.5, 736.5),
         threshold=0.5,
     )
     _, low, high = corrected_fraction(k, n, rates)
@@ -217,8 +217,8 @@ def test_the_cells_that_an_undecided_patient_needs_decide() -> None:
 
 
 POOR = ErrorRates(  # as learnt from 37 cells
-    false_positive=PatientRate(alpha=0.62, beta=1.67, n_errors=5, n_cells=20, n_patients=8),
-    false_negative=PatientRate(alpha=1.71, beta=1.19, n_errors=11, n_cells=17, n_patients=7),
+    false_positive=PatientRate.of_beta(0.62, 1.67),
+    false_negative=PatientRate.of_beta(1.71, 1.19),
     threshold=0.5,
 )
 

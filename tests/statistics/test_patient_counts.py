@@ -156,8 +156,8 @@ def test_the_bootstrap_takes_patients_as_its_cells() -> None:
 
 
 RATES = ErrorRates(
-    false_positive=PatientRate(alpha=1, beta=49, n_errors=10, n_cells=500, n_patients=10),
-    false_negative=PatientRate(alpha=3, beta=47, n_errors=30, n_cells=500, n_patients=10),
+    false_positive=PatientRate.of_beta(1, 49),
+    false_negative=PatientRate.of_beta(3, 47),
     threshold=0.5,
 )
 CORRECTED = ["corrected_fraction", "corrected_ci_low", "corrected_ci_high", "call", "call_threshold"]

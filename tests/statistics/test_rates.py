@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from malaria_ray.errors import ConfigError, DatasetError
-from malaria_ray.statistics.rates import ErrorRates, check_same_threshold, fit_error_rates, fit_rate
+from malaria_ray.statistics.rates import ErrorRates, PatientRate, check_same_threshold, fit_error_rates, fit_rate
 
 
 def simulated(n_patients: int, mean: float, correlation: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, int]:
@@ -20,29 +21,48 @@ def simulated(n_patients: int, mean: float, correlation: float, n_cells: int, se
     return rng.binomial(n_cells, rng.beta(mean * size, (1 - mean) * size, n_patients)), n_cells
 
 
-def test_mean_and_spread_are_found_from_many_patients() -> None:
+def test_the_rates_of_many_patients_are_found() -> None:
     rate = fit_rate(*simulated(2000, 0.03, 0.05, 200))
+    shares = [0.05, 0.25, 0.5, 0.75, 0.95, 0.99]
+    expected = stats.beta.ppf(shares, 0.03 * 19, 0.97 * 19)
+    np.testing.assert_allclose(rate.quantile(shares), expected, rtol=0.15)
     assert rate.mean == pytest.approx(0.03, rel=0.08)
-    assert rate.sd == pytest.approx(np.sqrt(0.03 * 0.97 * 0.05), rel=0.08)
     assert (rate.n_patients, rate.n_cells) == (2000, 400_000)
 
 
-@pytest.mark.parametrize(("n_patients", "at_most"), [(5, 0.995), (20, 0.98), (80, 0.965)])
-def test_new_patients_lie_below_the_quantile_as_often_as_it_says(n_patients: int, at_most: float) -> None:
+@pytest.mark.parametrize(
+    ("n_patients", "mean", "correlation", "within"),
+    [
+        (5, 0.03, 0.05, (0.94, 0.99)),
+        (20, 0.03, 0.05, (0.93, 0.97)),
+        (80, 0.03, 0.05, (0.93, 0.97)),
+        (50, 0.0005, 0.001, (0.9, 0.98)),  # hardly an error seen
+        (20, 0.03, 0.002, (0.94, 0.99)),  # patients all alike
+    ],
+)
+def test_new_patients_lie_below_the_quantile_as_often_as_it_says(
+    n_patients: int, mean: float, correlation: float, within: tuple[float, float]
+) -> None:
     rng = np.random.default_rng(0)
-    size, below = 1 / 0.05 - 1, []
-    for seed in range(30):
-        rate = fit_rate(*simulated(n_patients, 0.03, 0.05, 100, seed))
-        new = rng.beta(0.03 * size, 0.97 * size, 400)
+    size, below = 1 / correlation - 1, []
+    for seed in range(40):
+        rate = fit_rate(*simulated(n_patients, mean, correlation, 100, seed))
+        new = rng.beta(mean * size, (1 - mean) * size, 1000)
         below.append(np.mean(new <= rate.quantile(0.95)))
-    assert 0.935 <= np.mean(below) <= at_most
+    assert within[0] <= np.mean(below) <= within[1]
+
+
+@pytest.mark.parametrize(("n_patients", "n_cells"), [(8, 1000), (20, 100), (50, 130), (50, 10_000)])
+def test_cells_without_an_error_leave_about_three_in_all_of_them(n_patients: int, n_cells: int) -> None:
+    found = fit_rate([0] * n_patients, [n_cells] * n_patients).quantile(0.95)
+    assert found * n_patients * n_cells == pytest.approx(3.5, abs=2)  # the rule of three, and some spread
 
 
 def test_fewer_patients_leave_more_unknown() -> None:
     # The same share of errors, none of them unlike the others.
     quantiles = [fit_rate([2] * n, [100] * n).quantile(0.95) for n in (1, 3, 10, 100)]
     assert np.all(np.diff(quantiles) < 0)
-    assert quantiles[0] > 0.1
+    assert quantiles[0] > 0.3
     assert quantiles[-1] == pytest.approx(0.025, abs=0.005)
 
 
@@ -55,9 +75,16 @@ def test_any_counts_give_a_rate_between_0_and_1(counts: list[tuple[int, int]]) -
         return
     rate = fit_rate(errors, errors + right)
     assert 0 < rate.mean < 1
-    assert rate.alpha > 0
-    assert rate.beta > 0
-    assert np.all((rate.quantile([0.01, 0.5, 0.99]) >= 0) & (rate.quantile([0.01, 0.5, 0.99]) <= 1))
+    quantiles = rate.quantile([0, 0.01, 0.5, 0.99, 1])
+    assert np.all((quantiles > 0) & (quantiles < 1))
+    assert np.all(np.diff(quantiles) >= 0)
+
+
+def test_a_known_beta_distribution_keeps_its_quantiles() -> None:
+    rate = PatientRate.of_beta(2, 50)
+    shares = [0.001, 0.05, 0.5, 0.95, 0.999]
+    np.testing.assert_allclose(rate.quantile(shares), stats.beta.ppf(shares, 2, 50), rtol=2e-3)
+    assert rate.mean == pytest.approx(2 / 52)
 
 
 @pytest.mark.parametrize(
