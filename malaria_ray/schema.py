@@ -44,6 +44,58 @@ class Reason(enum.StrEnum):
     UNSUPPORTED_COMPRESSION = "unsupported_compression"
 
 
+class Call(enum.StrEnum):
+    """What the counts of a patient's cells say at a fixed specificity for patients."""
+
+    positive = "positive"
+    negative = "negative"
+    undecided = "undecided"
+
+
+class QualityFlag(enum.StrEnum):
+    """What is unusual about an image; a reason to look at it, not to leave it out."""
+
+    blank = "blank"
+    blurred = "blurred"
+    noisy = "noisy"
+    underexposed = "underexposed"
+    overexposed = "overexposed"
+    stain = "stain"
+    inverted = "inverted"
+    not_cut_out = "not_cut_out"
+    size = "size"
+
+
+QUALITY_MEANING: dict[QualityFlag, str] = {
+    QualityFlag.blank: "no cell: black nearly all over, or of one colour",
+    QualityFlag.blurred: "out of focus",
+    QualityFlag.noisy: "pixels that differ from their neighbours more than in any cell",
+    QualityFlag.underexposed: "too dark",
+    QualityFlag.overexposed: "too bright",
+    QualityFlag.stain: "a colour that Giemsa's stain does not give, grey included",
+    QualityFlag.inverted: "greenish, as a negative is",
+    QualityFlag.not_cut_out: "no black around: not one cell cut out of its field",
+    QualityFlag.size: "far smaller or larger than a red blood cell of the images learnt from",
+}
+
+
+class ReviewReason(enum.StrEnum):
+    """Why a person should look at an image."""
+
+    undecided_patient = "undecided_patient"
+    uncertain = "uncertain"
+    novel = "novel"
+    quality = "quality"
+
+
+REVIEW_MEANING: dict[ReviewReason, str] = {
+    ReviewReason.undecided_patient: "called parasitized in a patient whose cells do not decide: the look may decide",
+    ReviewReason.uncertain: "the score is near the threshold",
+    ReviewReason.novel: "unlike the images that the model has learnt from",
+    ReviewReason.quality: "has a quality flag",
+}
+
+
 OK = "ok"
 
 REASON_MEANING: dict[Reason, str] = {
@@ -218,7 +270,7 @@ METRICS = Table(
 
 PATIENTS = Table(
     "patients",
-    "one row per patient. A class-balanced crop archive gives no parasitaemia",
+    "one row per patient. A class-balanced crop archive gives no parasitaemia: fractions are of its crops",
     (
         PATIENT_ID,
         Column(
@@ -231,6 +283,74 @@ PATIENTS = Table(
         Column("parasitized_fraction", pa.float64(), "n_parasitized / n_cells; not parasitaemia"),
         Column("ci_low", pa.float64(), "lower end of its 95 % Wilson interval"),
         Column("ci_high", pa.float64(), "upper end of its 95 % Wilson interval"),
+        Column(
+            "corrected_fraction",
+            pa.float64(),
+            "parasitized_fraction corrected for the model's rates of error; not parasitaemia. This and all that "
+            "follows is null where the rates of error are not known",
+        ),
+        Column(
+            "corrected_ci_low",
+            pa.float64(),
+            "lower end of its 95 % interval, the spread of the rates of error between patients included",
+        ),
+        Column("corrected_ci_high", pa.float64(), "upper end of that interval"),
+        Column(
+            "call",
+            pa.string(),
+            "positive, negative or undecided: whether ci_low..ci_high lies above, below or across call_threshold; "
+            "never negative without a limit_of_detection",
+        ),
+        Column(
+            "call_threshold",
+            pa.float64(),
+            "parasitized_fraction that the wanted share of uninfected patients does not exceed, the same in all rows",
+        ),
+        Column(
+            "limit_of_detection",
+            pa.float64(),
+            "true fraction from which 95 % of patients with n_cells cells are called positive; null where none is",
+        ),
+        Column(
+            "n_more_cells",
+            pa.int64(),
+            "cells that an undecided patient needs on top, should they be called as those before; 0 where decided, "
+            "null where no number in reason decides",
+        ),
+    ),
+)
+
+REVIEW = Table(
+    "review",
+    "one row per image that was scored: whether a person should look at it, why, and which first",
+    (
+        IMAGE_ID,
+        PATIENT_ID,
+        Column("score", pa.float32(), "P(parasitized) in 0..1 by the model"),
+        Column("predicted_label", pa.int8(), "1 where score >= the run's threshold, else 0"),
+        Column("needs_review", pa.bool_(), "true where there is a reason to look"),
+        Column("reasons", pa.list_(pa.string()), "enumerated codes: " + ", ".join(ReviewReason)),
+        Column("quality_flags", pa.list_(pa.string()), "enumerated codes: " + ", ".join(QualityFlag)),
+        Column("uncertainty", pa.float64(), "1 for a score on the threshold, towards 0 far from it"),
+        Column("value", pa.float64(), "what a look is worth, 0..1, to order by; no probability"),
+        Column("rank", pa.int64(), "1 for the image to look at first; null where there is no reason to look"),
+    ),
+)
+
+LABEL_AUDIT = Table(
+    "label_audit",
+    "one row per image whose label is likely wrong, the least credible label first",
+    (
+        IMAGE_ID,
+        PATIENT_ID,
+        Column("label", pa.int8(), "the label of the archive: 0 uninfected, 1 parasitized"),
+        Column("suggested_label", pa.int8(), "the other one"),
+        Column("label_credibility", pa.float64(), "probability of the archive's label by the models' mean score"),
+        Column("score_mean", pa.float64(), "mean out-of-fold P(parasitized) of the models"),
+        Column("score_min", pa.float64(), "least of the models' scores"),
+        Column("score_max", pa.float64(), "greatest of the models' scores"),
+        Column("n_models", pa.int64(), "models that have scored the image without having learnt from its patient"),
+        Column("n_models_against", pa.int64(), "of them, those whose score is on the other side of 0.5 than the label"),
     ),
 )
 
@@ -287,6 +407,8 @@ TABLES: dict[str, Table] = {
         PREDICTIONS,
         METRICS,
         PATIENTS,
+        REVIEW,
+        LABEL_AUDIT,
         LISTING,
     )
 }

@@ -8,11 +8,14 @@ fraction by whoever chose the crops.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from malaria_ray.schema import Label
+from malaria_ray.schema import Call, Label
+from malaria_ray.statistics import calls
 from malaria_ray.statistics.intervals import patient_codes, wilson
 from malaria_ray.statistics.metrics import (
     called_parasitized,
@@ -21,6 +24,7 @@ from malaria_ray.statistics.metrics import (
     check_lengths,
     check_scores,
 )
+from malaria_ray.statistics.rates import ErrorRates, check_same_threshold
 
 
 def patient_counts(
@@ -30,6 +34,8 @@ def patient_counts(
     *,
     threshold: float,
     confidence: float = 0.95,
+    rates: ErrorRates | None = None,
+    patient_specificity: float = calls.PATIENT_SPECIFICITY,
 ) -> pd.DataFrame:
     """The columns of `schema.PATIENTS`, one row per patient, sorted by patient_id.
 
@@ -38,9 +44,11 @@ def patient_counts(
     score       (n,) float32 or float64 in 0..1; a cell is called parasitized where `score >= threshold`
 
     `ci_low` and `ci_high` are Wilson's interval of `parasitized_fraction`, for the crops of this patient
-    alone.
+    alone. The columns after them are of `statistics.calls`, from the model's `rates` of error at the same threshold,
+    and null without: fractions corrected for them, the call at `patient_specificity`, the limit of detection.
 
-    Raises DatasetError for bad labels, scores or lengths, ConfigError for a flag out of range.
+    Raises DatasetError for bad labels, scores or lengths, ConfigError for a flag out of range or rates of another
+    threshold.
     """
     scores = check_scores(score)
     labels = check_labels(label, nullable=True)
@@ -57,7 +65,7 @@ def patient_counts(
     unless_parasitized = np.where(any_unlabelled, np.nan, float(Label.uninfected))
     patient_label = np.where(per_patient(labels == Label.parasitized) > 0, Label.parasitized, unless_parasitized)
     ci_low, ci_high = wilson(n_parasitized, n_cells, confidence)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "patient_id": ids,
             "label": pd.Series(patient_label).astype("Int8"),
@@ -68,6 +76,53 @@ def patient_counts(
             "ci_high": ci_high,
         }
     )
+    return table.assign(**_corrected(table, threshold, rates, patient_specificity, confidence))
+
+
+def _corrected(
+    table: pd.DataFrame, threshold: float, rates: ErrorRates | None, specificity: float, confidence: float
+) -> dict[str, Any]:
+    """The columns of `schema.PATIENTS` that need the model's rates of error."""
+    if rates is None:
+        unknown = pd.Series(np.nan, index=table.index)
+        return {
+            "corrected_fraction": unknown,
+            "corrected_ci_low": unknown,
+            "corrected_ci_high": unknown,
+            "call": pd.Series(None, index=table.index, dtype=object),
+            "call_threshold": unknown,
+            "limit_of_detection": unknown,
+            "n_more_cells": unknown.astype("Int64"),
+        }
+    check_same_threshold(rates, threshold)
+    k, n = table["n_parasitized"].to_numpy(), table["n_cells"].to_numpy()
+    value, low, high = calls.corrected_fraction(k, n, rates, confidence=confidence)
+    return {
+        "corrected_fraction": value,
+        "corrected_ci_low": low,
+        "corrected_ci_high": high,
+        "call": calls.patient_call(k, n, rates, specificity=specificity, confidence=confidence),
+        "call_threshold": calls.call_threshold(rates, specificity),
+        "limit_of_detection": calls.limit_of_detection(n, rates, specificity=specificity, confidence=confidence),
+        "n_more_cells": calls.n_more_cells(k, n, rates, specificity=specificity, confidence=confidence),
+    }
+
+
+def call_metrics(patients: pd.DataFrame) -> dict[str, float]:
+    """How the calls of labelled patients fit their labels, from a table of `patient_counts` with rates of error.
+
+    `sensitivity` is the share of parasitized patients called positive, `specificity` that of uninfected patients not
+    called positive; an undecided patient is thus missed by the one and not accused by the other, and
+    `n_patients_undecided` says how many there are. NaN where undefined.
+    """
+    labelled = patients[patients["label"].notna() & patients["call"].notna()]
+    is_parasitized = (labelled["label"] == Label.parasitized).to_numpy(dtype=bool)
+    is_positive = (labelled["call"] == Call.positive).to_numpy(dtype=bool)
+    return {
+        "sensitivity": float(pd.Series(is_positive[is_parasitized], dtype=float).mean()),
+        "specificity": float(pd.Series(~is_positive[~is_parasitized], dtype=float).mean()),
+        "n_patients_undecided": float((labelled["call"] == Call.undecided).sum()),
+    }
 
 
 def patient_metrics(patients: pd.DataFrame) -> dict[str, float]:

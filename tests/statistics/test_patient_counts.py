@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from malaria_ray import schema
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.statistics.intervals import bootstrap_over_patients
-from malaria_ray.statistics.patients import patient_counts, patient_metrics
+from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
+from malaria_ray.statistics.rates import ErrorRates, PatientRate, fit_error_rates
 
 CELLS = pd.DataFrame(
     [
@@ -152,3 +153,82 @@ def test_the_bootstrap_takes_patients_as_its_cells() -> None:
         "roc_auc"
     ]
     assert low < value < high
+
+
+RATES = ErrorRates(
+    false_positive=PatientRate.of_beta(1, 49),
+    false_negative=PatientRate.of_beta(3, 47),
+    threshold=0.5,
+)
+CORRECTED = ["corrected_fraction", "corrected_ci_low", "corrected_ci_high", "call", "call_threshold"]
+
+
+def one_patient(n_parasitized: int, n_cells: int) -> pd.Series:
+    score = np.where(np.arange(n_cells) < n_parasitized, 0.9, 0.1)
+    table = patient_counts(["P1"] * n_cells, [None] * n_cells, score, threshold=0.5, rates=RATES)
+    assert list(table) == schema.PATIENTS.names
+    pa.Table.from_pandas(table, schema=schema.PATIENTS.arrow_schema(), preserve_index=False)
+    return table.iloc[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_unlabelled_patient_gets_a_corrected_fraction_and_a_call() -> None:
+    patient = one_patient(60, 200)
+    assert patient["corrected_fraction"] == pytest.approx((0.3 - 0.02) / (1 - 0.02 - 0.06))
+    assert patient["corrected_ci_low"] < patient["corrected_fraction"] < patient["corrected_ci_high"]
+    assert (patient["call"], patient["n_more_cells"]) == ("positive", 0)
+    assert 0.02 < patient["call_threshold"] < patient["limit_of_detection"] < 0.3
+
+
+@pytest.mark.filterwarnings("error")
+def test_ten_cells_without_a_parasite_decide_nothing() -> None:
+    patient = one_patient(0, 10)
+    assert (patient["corrected_fraction"], patient["corrected_ci_low"]) == (0, 0)
+    assert patient["corrected_ci_high"] > 0.2
+    assert patient["call"] == "undecided"
+    assert one_patient(0, 10 + patient["n_more_cells"])["call"] == "negative"
+
+
+def test_without_rates_of_error_nothing_is_corrected_and_nobody_called() -> None:
+    assert counts(CELLS)[[*CORRECTED, "limit_of_detection", "n_more_cells"]].isna().all().all()
+
+
+def test_no_patient_is_an_empty_table_with_rates_too() -> None:
+    table = patient_counts([None], [0], [0.1], threshold=0.5, rates=RATES)
+    assert len(table) == 0
+    assert list(table) == schema.PATIENTS.names
+
+
+def test_rates_of_another_threshold_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"threshold is 0\.7 and the rates of error were learnt at 0\.5"):
+        patient_counts(["P1"], [0], [0.1], threshold=0.7, rates=RATES)
+
+
+def test_a_healthy_population_is_not_full_of_parasites_after_correction() -> None:
+    # The article's best model: 1.74 % false positives a cell would be 87,000 parasites a microlitre.
+    rng = np.random.default_rng(0)
+    patient, validation = (np.repeat([f"{kind}{i}" for i in range(40)], 300) for kind in "CV")
+    label = np.tile(np.arange(300) % 2, 40)
+    score = np.where(rng.random(12_000) < 0.0174, 0.9, 0.1)
+    rates = fit_error_rates(validation, label, np.where(label == 1, 0.9, rng.permutation(score)), threshold=0.5)
+    table = patient_counts(patient, np.zeros(12_000), score, threshold=0.5, rates=rates)
+    assert table["parasitized_fraction"].mean() > 0.015
+    assert (table["corrected_ci_low"] == 0).mean() >= 0.95
+    assert call_metrics(table)["specificity"] >= 0.95
+
+
+def test_call_metrics_count_the_undecided_as_not_positive() -> None:
+    table = pd.DataFrame(
+        {
+            "label": pd.Series([1, 1, 1, 0, 0, None], dtype="Int8"),
+            "call": ["positive", "undecided", "negative", "undecided", "positive", "positive"],
+        }
+    )
+    assert call_metrics(table) == pytest.approx({"sensitivity": 1 / 3, "specificity": 1 / 2, "n_patients_undecided": 2})
+
+
+@pytest.mark.filterwarnings("error")
+def test_call_metrics_of_no_calls_are_nan() -> None:
+    found = call_metrics(counts(CELLS))
+    assert np.isnan([found["sensitivity"], found["specificity"]]).all()
+    assert found["n_patients_undecided"] == 0

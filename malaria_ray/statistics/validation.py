@@ -1,0 +1,67 @@
+"""All that a run learns of its model's scores, from the cells of its validation split and no others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from malaria_ray.errors import DatasetError
+from malaria_ray.schema import Split
+from malaria_ray.statistics import calibration
+from malaria_ray.statistics.calibration import Calibration
+from malaria_ray.statistics.rates import ErrorRates, fit_error_rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is stored with the run.
+
+    rates          of error at the calibration's threshold; None where they cannot be learnt
+    rates_missing  why not, one line; None where they are there
+    """
+
+    calibration: Calibration
+    rates: ErrorRates | None
+    rates_missing: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "calibration": self.calibration.to_dict(),
+            "rates": self.rates.to_dict() if self.rates else None,
+            "rates_missing": self.rates_missing,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Validation:
+        return cls(
+            calibration=Calibration.from_dict(values["calibration"]),
+            rates=ErrorRates.from_dict(values["rates"]) if values["rates"] else None,
+            rates_missing=values["rates_missing"],
+        )
+
+
+def learn_from_validation(cells: pd.DataFrame, *, specificity: float | None = None) -> Validation:
+    """Temperature, threshold and rates of error of a model.
+
+    cells        columns split, label, score and patient_id; rows of other splits than `val` are never looked at, so
+                 they may as well be there without a label or score
+    specificity  wanted of the threshold on cells; 0.5 is the threshold without
+
+    The threshold and the rates at it are of the same cells. `threshold_for_specificity` is chosen so that it holds for
+    new ones too; with a threshold chosen freely on few cells the rates would come out a little too good.
+
+    Raises DatasetError and ConfigError as `calibration.fit` does. Where only the rates of error cannot be learnt, as
+    without patients, it says so in `rates_missing`.
+    """
+    validation = cells[cells["split"] == Split.val]
+    if validation.empty:
+        raise DatasetError(f"none of the {len(cells)} cells is in the {Split.val} split: nothing to learn from")
+    label, score, patient = validation["label"], validation["score"], validation["patient_id"]
+    found = calibration.fit(label, score, patient, specificity=specificity)
+    try:
+        rates = fit_error_rates(patient, label, score, threshold=found.threshold)
+    except DatasetError as error:
+        return Validation(calibration=found, rates=None, rates_missing=str(error))
+    return Validation(calibration=found, rates=rates, rates_missing=None)
