@@ -32,7 +32,9 @@ _COPY_OPTIONS = {"csv": "FORMAT csv, HEADER", "json": "FORMAT json, ARRAY true",
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Answers SQL over the views runs, predictions, quarantine, listing, metrics, patients, splits, history and cells."""
+    """Answers SQL over the tables of results: runs, predictions, quarantine, listing, metrics, patients, splits,
+    history, and cells (predictions with split and outcome).
+    """
 
     results_and_sql: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS [RESULTS …] SQL")] = ()
     """Directories made by 'malaria-ray screen', then the SQL (with --example, the directories alone)."""

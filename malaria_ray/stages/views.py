@@ -53,8 +53,8 @@ SELECT
     runs.threshold,
     CASE
         WHEN predictions.label IS NULL THEN NULL
-        WHEN predictions.label = predictions.predicted_label THEN if(predictions.label = 1, 'true positive', 'true negative')
-        ELSE if(predictions.label = 1, 'false negative', 'false positive')
+        WHEN predictions.label = 1 THEN if(predictions.predicted_label = 1, 'true positive', 'false negative')
+        ELSE if(predictions.predicted_label = 1, 'false positive', 'true negative')
     END AS outcome,
     results
 FROM predictions
