@@ -15,7 +15,7 @@ from malaria_ray.archives import open_archive
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.cells.images import content_digest
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.schema import HISTORY, PREDICTIONS, QUARANTINE, SPLITS, Table
+from malaria_ray.schema import HISTORY, LISTING, PREDICTIONS, QUARANTINE, SPLITS, Table
 from malaria_ray.stages import screen
 
 HOSTILE = (
@@ -62,13 +62,15 @@ def write_results(
     archive: Path | None = None,
     model: str = "cnn",
     is_synthetic: bool = False,
+    has_images: bool = True,
 ) -> Path:
     """A finished results directory over cells as `cells` gives them; `bad` are names in quarantine. The images are
-    written to `archive`, by default a folder beside it.
+    written to `archive`, by default a folder beside it; without images it is an archive that is gone.
     """
     archive = archive or results.with_name(f"{results.name}-archive")
-    images = {name: noise(i) for i, name in enumerate(of["image_id"])} | dict.fromkeys(bad, b"not an image")
-    for name, data in images.items():
+    images = {name: noise(i) if has_images else name.encode() for i, name in enumerate(of["image_id"])}
+    images |= dict.fromkeys(bad, b"not an image")
+    for name, data in images.items() if has_images else ():
         (archive / name).parent.mkdir(parents=True, exist_ok=True)
         (archive / name).write_bytes(data)
     path = UPath(results)
@@ -94,7 +96,7 @@ def write_results(
         }
     )
     history = pd.DataFrame([dict.fromkeys(HISTORY.names, 0.5 / epoch) | {"epoch": epoch} for epoch in (1, 2, 3)])
-    listing = list_archive(open_archive(str(archive)))
+    listing = list_archive(open_archive(str(archive))) if has_images else _listing_of(of, archive)
     files = {
         "listing.parquet": storage.write_table(path / "listing.parquet", listing),
         "predictions/part-00000.parquet": _write(path / "predictions/part-00000.parquet", PREDICTIONS, predictions),
@@ -123,6 +125,13 @@ def write_results(
         is_synthetic=is_synthetic,
     )
     return results
+
+
+def _listing_of(of: pd.DataFrame, archive: Path) -> pa.Table:
+    """The listing of a folder that was there once."""
+    known = of.sort_values("image_id").assign(key=range(len(of)), n_bytes=1, container=str(archive), method="file")
+    frame = known.reindex(columns=LISTING.names)
+    return pa.Table.from_pandas(frame, schema=LISTING.arrow_schema(), preserve_index=False)
 
 
 def _write(path: UPath, table: Table, frame: pd.DataFrame) -> storage.FileRecord:
