@@ -1,9 +1,12 @@
-"""report: a results directory becomes report/index.html, one file to read in a browser, and catalog.sql for DuckDB."""
+"""report: a results directory becomes report/index.html, one file to read in a browser, catalog.sql for DuckDB,
+and croissant.json, its data dictionary.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +22,7 @@ from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label, Split
 from malaria_ray.stages import figures
+from malaria_ray.stages.croissant import croissant
 from malaria_ray.stages.galleries import find_galleries, label_name, pictures
 from malaria_ray.stages.views import Results, absent_views, catalog, connect, open_results
 
@@ -33,7 +37,7 @@ _HELD_OUT = (Split.test, "unseen", Split.val, Split.train)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Writes report/index.html and catalog.sql into a results directory."""
+    """Writes report/index.html, catalog.sql and croissant.json into a results directory."""
 
     results: Positional[str]
     """Directory made by 'malaria-ray screen', best after 'malaria-ray evaluate'."""
@@ -55,13 +59,21 @@ def run(config: Config) -> None:
     if config.overwrite:
         storage.remove(marker)
     identity = _identity(results, config)
-    targets = {"report/index.html": folder / "index.html", "catalog.sql": results.path / "catalog.sql"}
+    targets = {
+        "report/index.html": folder / "index.html",
+        "catalog.sql": results.path / "catalog.sql",
+        "croissant.json": results.path / "croissant.json",
+    }
     is_there = marker.exists() and all(target.exists() for target in targets.values())
     if is_there and storage.read_json(marker)["identity"] == identity:
         log.info("%s has its report; nothing to do (--overwrite writes it anew)", results.path)
     else:
         storage.remove(marker)
-        pages = {"report/index.html": _page(results, config), "catalog.sql": catalog(results)}
+        pages = {
+            "report/index.html": _page(results, config),
+            "catalog.sql": catalog(results),
+            "croissant.json": json.dumps(croissant(results), indent=2, ensure_ascii=False) + "\n",
+        }
         for name, target in targets.items():
             storage.write_bytes(target, pages[name].encode())
         files = {name: storage.record_of(target) for name, target in targets.items()}

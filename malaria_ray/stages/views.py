@@ -11,7 +11,7 @@ that happens to lie there is counted, and no directory name is taken for a patte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,5 +244,13 @@ def _comment(text: str) -> str:
     return " ".join(text.split())
 
 
-def view_names() -> Iterable[str]:
+def table_views() -> tuple[str, ...]:
+    return tuple(_PLACES)
+
+
+def table_of(view: str) -> Table:
+    return _PLACES[view][0]
+
+
+def view_names() -> tuple[str, ...]:
     return ("runs", *_PLACES, "cells")

@@ -295,3 +295,21 @@ def test_columns_carry_their_meaning_and_unit_in_the_footer(two: tuple[str, str]
     assert schema.field("ci_low").metadata[b"description"].startswith(b"lower end of the 95 % interval")
     footer = duckdb.sql(f"SELECT decode(key), decode(value) FROM parquet_kv_metadata('{two[0]}/predictions/*.parquet')")
     assert ("malaria_ray.schema_version", "1") in footer.fetchall()
+
+
+def test_pandas_pyarrow_polars_and_duckdb_read_the_same_sums(two: tuple[str, str]):
+    import polars
+
+    files = f"{two[0]}/predictions/*.parquet"
+    arrow = pq.read_table(f"{two[0]}/predictions").to_pandas()
+    pandas = pd.read_parquet(f"{two[0]}/predictions")
+    pola = polars.scan_parquet(files).select("score", "label", "predicted_label").sum().collect()
+    ((score, label, called, n),) = duckdb.sql(
+        f"SELECT sum(score), sum(label), sum(predicted_label), count(DISTINCT image_id) FROM '{files}'"
+    ).fetchall()
+    for frame in (arrow, pandas):
+        assert (frame["label"].sum(), frame["predicted_label"].sum()) == (label, called)
+        assert frame["score"].astype(float).sum() == pytest.approx(score)
+        assert frame["image_id"].nunique() == n
+    assert (pola["label"][0], pola["predicted_label"][0]) == (label, called)
+    assert pola["score"][0] == pytest.approx(score, rel=1e-5)

@@ -354,6 +354,18 @@ def test_thumbnails_are_bounded(made: Path, tmp_path: Path):
     assert Page(reported(results, thumbnails=0)).all("img") == []
 
 
+def test_mlcroissant_accepts_the_data_dictionary_and_reads_the_tables_by_it(made: Path):
+    import mlcroissant
+
+    dataset = mlcroissant.Dataset(jsonld=str(made / "croissant.json"))
+    assert dataset.metadata.issues.errors == set()
+    rows = list(dataset.records(record_set="quarantine"))
+    assert sorted(row["quarantine/image_id"].decode() for row in rows) == ["bad/a.png", "bad/b.png"]
+    fields = {field.id: field for record_set in dataset.metadata.record_sets for field in record_set.fields}
+    assert fields["predictions/score"].description == "P(parasitized) in 0..1 by the model"
+    assert fields["predictions/width"].description.endswith(", in pixels")
+
+
 def test_scores_at_the_ends_fall_into_the_end_bins(tmp_path: Path):
     some = cells(40)
     some["score"] = np.tile(np.float32([0, 1]), 20)
