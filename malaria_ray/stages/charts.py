@@ -20,17 +20,19 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 42
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One axis: what it shows and from where to where."""
+    """One axis: what it shows and from where to where; `is_whole` where there is nothing between 1 and 2."""
 
     label: str
     low: float = 0.0
     high: float = 1.0
+    is_whole: bool = False
 
     def ticks(self) -> list[float]:
         """About five round numbers within the axis."""
         raw = (self.high - self.low) / 5 or 1.0
+        raw = max(raw, 1.0) if self.is_whole else raw
         power = 10.0 ** np.floor(np.log10(raw))
-        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
         first = np.ceil(self.low / step - 1e-9) * step
         return [float(tick) for tick in np.arange(first, self.high + step * 1e-6, step)]
 
@@ -82,7 +84,7 @@ def histogram(
 ) -> Markup:
     """Bars stacked by group over bins; `groups`: (name, style, count in each bin), `edges`: one more than bins."""
     total = np.sum([counts for _, _, counts in groups], axis=0)
-    frame = _Frame(x, Axis(label="cells", high=float(max(1, total.max()))), WIDTH)
+    frame = _Frame(x, Axis(label="cells", high=float(max(1, total.max())), is_whole=True), WIDTH)
     below = np.zeros(len(total))
     drawn = [frame.axes()]
     for name, style, counts in groups:

@@ -171,7 +171,9 @@ def of_training(connection: duckdb.DuckDBPyConnection, *, best_epoch: int) -> li
             f"{best[f'val_{name}']:.4f} on validation, {best[f'train_{name}']:.4f} on training images."
         )
         title = f"{name.capitalize()} by epoch"
-        epochs = Axis(label="epoch", low=float(history["epoch"].min()), high=float(history["epoch"].max()))
+        epochs = Axis(
+            label="epoch", low=float(history["epoch"].min()), high=float(history["epoch"].max()), is_whole=True
+        )
         chart = line_chart(
             title,
             words,
