@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "results → metrics and patients, where there are labels",
     "report": "results → report/index.html, one file to read in a browser, and catalog.sql",
     "query": "SQL over the tables of one or several results, by DuckDB",
+    "compare": "two or more results side by side, with paired intervals",
     "verify": "prove the invariants of a dataset or results directory",
     "schema": "print the data dictionary",
 }

@@ -91,8 +91,8 @@ def pictures(
         for cell in found.table.select(["image_id", "status", "detail", "content_digest"]).to_pylist():
             image = next(pixels) if cell["status"] == OK else None
             if image is None:
-                error = str(cell["detail"] or cell["status"]).partition(":")[0]
-                missing[cell["image_id"]] = f"{container} does not give it: {error}"
+                why = str(cell["detail"] or cell["status"]).partition(":")[0]
+                missing[cell["image_id"]] = f"{container} does not give it: {why}"
             elif cell["content_digest"] != wanted[cell["image_id"]]:
                 missing[cell["image_id"]] = "the archive has other bytes under this name now"
             else:

@@ -21,7 +21,7 @@ from stages.conftest import Line, content
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime.terminal import printable
-from malaria_ray.stages import evaluate, report
+from malaria_ray.stages import evaluate, report, verify
 
 
 def reported(results: Path, *, is_evaluated: bool = True, **flags: Any) -> str:
@@ -364,6 +364,21 @@ def test_mlcroissant_accepts_the_data_dictionary_and_reads_the_tables_by_it(made
     fields = {field.id: field for record_set in dataset.metadata.record_sets for field in record_set.fields}
     assert fields["predictions/score"].description == "P(parasitized) in 0..1 by the model"
     assert fields["predictions/width"].description.endswith(", in pixels")
+
+
+def test_results_on_an_object_store_are_reported_there(made: Path, s3: Any):
+    for file in made.rglob("*"):
+        if file.is_file() and "report" not in file.parts[-2:]:
+            s3.upload_file(str(file), "cells-bucket", f"made/{file.relative_to(made)}")
+    report.run(report.Config(results="s3://cells-bucket/made"))
+    html = s3.get_object(Bucket="cells-bucket", Key="made/report/index.html")["Body"].read().decode()
+    assert len(Page(html).all("img")) == len(Page(page_of(made).read_text(encoding="utf-8")).all("img"))
+    script = s3.get_object(Bucket="cells-bucket", Key="made/catalog.sql")["Body"].read().decode()
+    assert "'predictions/part-00000.parquet'" in script
+
+
+def test_a_reported_directory_still_holds(made: Path):
+    verify.run(verify.Config(directory=str(made)))
 
 
 def test_scores_at_the_ends_fall_into_the_end_bins(tmp_path: Path):
