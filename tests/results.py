@@ -107,6 +107,8 @@ def write_results(
     trained = {"model": model, "split_by": "patient", "epochs": 3, "seed": 42, "dataset": "dataset"}
     storage.write_json(path / "model" / "config.json", {"stage": "train", "identity": {}, "config": trained})
     storage.write_json(path / "model" / "SUCCESS.json", {"image_size": 32, "best": {"epoch": 2.0}})
+    for name in ("config.json", "SUCCESS.json"):
+        files[f"model/{name}"] = storage.record_of(path / "model" / name)
     counts: dict[str, Any] = {
         "n_files": len(images),
         "n_scored": len(of),
