@@ -22,6 +22,9 @@ COMMANDS = {
     "train": "dataset → run: train a model that tells parasitized from uninfected cells",
     "screen": "archive or dataset → results: score every image with a run's model",
     "evaluate": "results → metrics and patients, where there are labels",
+    "report": "results → report/index.html, one file to read in a browser, and catalog.sql",
+    "query": "SQL over the tables of one or several results, by DuckDB",
+    "compare": "two or more results side by side, with paired intervals",
     "verify": "prove the invariants of a dataset or results directory",
     "schema": "print the data dictionary",
 }

@@ -17,7 +17,7 @@ from malaria_ray.runtime import storage
 from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY, Split
-from malaria_ray.stages import evaluate, ingest, screen, train, verify
+from malaria_ray.stages import evaluate, ingest, report, screen, train, verify
 
 log = logging.getLogger("malaria_ray")
 
@@ -29,7 +29,7 @@ _SYNTHETIC_IMAGE_SIZE, _IMAGE_SIZE = 64, 125
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Runs ingest, train, screen, evaluate and verify on a small synthetic archive, or on --archive."""
+    """Runs ingest, train, screen, evaluate, report and verify on a small synthetic archive, or on --archive."""
 
     directory: Positional[str] = "demo"
     """Directory to write, made if missing."""
@@ -56,9 +56,9 @@ def run(config: Config) -> None:
     dataset, run_path, results = (str(folder / name) for name in ("dataset", "run", "results"))
     image_size = _IMAGE_SIZE if config.archive else _SYNTHETIC_IMAGE_SIZE
     with ray_session():
-        log.info("1/5 ingest: %s → %s", archive, dataset)
+        log.info("1/6 ingest: %s → %s", archive, dataset)
         ingest.run(ingest.Config(archive=archive, dataset=dataset, patients=config.patients, image_size=image_size))
-        log.info("2/5 train: %s → %s", dataset, run_path)
+        log.info("2/6 train: %s → %s", dataset, run_path)
         train.run(
             train.Config(
                 dataset=dataset,
@@ -70,11 +70,13 @@ def run(config: Config) -> None:
                 seed=config.seed,
             )
         )
-        log.info("3/5 screen: the test split of %s → %s", dataset, results)
+        log.info("3/6 screen: the test split of %s → %s", dataset, results)
         screen.run(screen.Config(source=dataset, results=results, model=run_path, split=Split.test))
-        log.info("4/5 evaluate: %s", results)
+        log.info("4/6 evaluate: %s", results)
         evaluate.run(evaluate.Config(results=results))
-        log.info("5/5 verify")
+        log.info("5/6 report: %s", results)
+        report.run(report.Config(results=results))
+        log.info("6/6 verify")
         for made in (dataset, run_path, results):
             verify.run(verify.Config(directory=made))
     _print_where(folder, is_synthetic=config.archive is None, seconds=time.monotonic() - begun)
@@ -97,6 +99,7 @@ def _print_where(folder: UPath, *, is_synthetic: bool, seconds: float) -> None:
     out = console()
     out.print(f"\nThe whole line took {seconds:.0f} s. Look at:")
     for name, what in (
+        ("results/report/index.html", "all of it on one page, in a browser"),
         ("dataset/samples.png", "cells of both classes"),
         ("dataset/manifest.parquet", "one row per file of the archive, good or bad"),
         ("run/learning_curves.png", "accuracy and loss by epoch"),

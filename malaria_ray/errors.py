@@ -11,6 +11,7 @@
     ├── DatasetError                a dataset cannot be trained on (no labels, one class, no patients)
     ├── TrainingError               training stopped (NaN loss, workers lost, more workers than can be had)
     ├── ModelError                  a model file is missing, of another image size, or disagrees with itself
+    ├── QueryError                  SQL that DuckDB refuses, or asks for a table that is not there
     ├── TooManyBadImagesError       more of the archive is unusable than --max-bad-fraction allows
     └── InvariantError              `verify` found rows that are missing, doubled or changed
 
@@ -78,6 +79,10 @@ class TrainingError(MalariaRayError):
 
 class ModelError(MalariaRayError):
     """A model file is missing, of another image size, or disagrees with itself."""
+
+
+class QueryError(MalariaRayError):
+    """SQL that DuckDB refuses, or that asks for a table that is not there."""
 
 
 class TooManyBadImagesError(MalariaRayError):

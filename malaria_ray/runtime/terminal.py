@@ -27,6 +27,11 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
 
 
+def printable(text: str) -> str:
+    """The text with everything that could move the cursor, hide or turn letters round written as an escape."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 class Report(Protocol):
     def __call__(self, n: int, note: str = "") -> None:
         """`n` units more are done; `note` replaces what stands behind the numbers."""

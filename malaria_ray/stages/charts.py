@@ -1,0 +1,189 @@
+"""Charts as SVG text, drawn by hand: they take their colours from the page's CSS, so they follow dark mode and print,
+and carry a title and a description for screen readers.
+
+Every function takes numbers and words and returns one `<svg>` element; nothing is read or written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from markupsafe import Markup, escape
+from numpy.typing import ArrayLike
+
+WIDTH, HEIGHT = 420, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis: what it shows and from where to where; `is_whole` where there is nothing between 1 and 2."""
+
+    label: str
+    low: float = 0.0
+    high: float = 1.0
+    is_whole: bool = False
+
+    def ticks(self) -> list[float]:
+        """About five round numbers within the axis."""
+        raw = (self.high - self.low) / 5 or 1.0
+        raw = max(raw, 1.0) if self.is_whole else raw
+        power = 10.0 ** np.floor(np.log10(raw))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+        first = np.ceil(self.low / step - 1e-9) * step
+        return [float(tick) for tick in np.arange(first, self.high + step * 1e-6, step)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A line (or dots) through points; `style` is a CSS class: one, two, three or faint. `low` and `high`: whiskers."""
+
+    name: str
+    x: ArrayLike
+    y: ArrayLike
+    style: str = "one"
+    has_line: bool = True
+    has_dots: bool = False
+    low: ArrayLike | None = None
+    high: ArrayLike | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+    """What each dot says when it is pointed at."""
+
+
+def line_chart(
+    title: str,
+    description: str,
+    series: Sequence[Series],
+    *,
+    x: Axis,
+    y: Axis,
+    marks: Sequence[tuple[float, str]] = (),
+    width: int = WIDTH,
+    has_legend: bool = True,
+    x_ticks: bool = True,
+) -> Markup:
+    """Lines, dots and whiskers over two axes; `marks` are vertical lines at an x with their words."""
+    frame = _Frame(x, y, width)
+    drawn = [frame.axes(x_ticks=x_ticks)]
+    for place, words in marks:
+        at = frame.across(place)
+        drawn.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+        drawn.append(f'<text class="mark" x="{at + 4:.1f}" y="{_TOP + 10}">{escape(words)}</text>')
+    for one in series:
+        drawn.append(_drawn_series(one, frame))
+    if has_legend:
+        drawn.append(_legend([(one.name, one.style) for one in series], frame))
+    return _svg(title, description, "".join(drawn), width, HEIGHT + 20 * (has_legend and len(series) > 1))
+
+
+def histogram(
+    title: str, description: str, edges: Sequence[float], groups: Sequence[tuple[str, str, Sequence[int]]], *, x: Axis
+) -> Markup:
+    """Bars stacked by group over bins; `groups`: (name, style, count in each bin), `edges`: one more than bins."""
+    total = np.sum([counts for _, _, counts in groups], axis=0)
+    frame = _Frame(x, Axis(label="cells", high=float(max(1, total.max())), is_whole=True), WIDTH)
+    below = np.zeros(len(total))
+    drawn = [frame.axes()]
+    for name, style, counts in groups:
+        for start, end, base, count in zip(edges[:-1], edges[1:], below, counts, strict=True):
+            if count:
+                left, right = frame.across(start), frame.across(end)
+                top, bottom = frame.up(base + count), frame.up(base)
+                note = escape(f"{name}, {start:g} to {end:g}: {count:,}")
+                drawn.append(
+                    f'<rect class="{style}" x="{left + 0.5:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" '
+                    f'height="{max(bottom - top, 0.7):.1f}"><title>{note}</title></rect>'
+                )
+        below += np.asarray(counts)
+    drawn.append(_legend([(name, style) for name, style, _ in groups], frame))
+    return _svg(title, description, "".join(drawn), WIDTH, HEIGHT + 20 * (len(groups) > 1))
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From numbers to places in the picture."""
+
+    x: Axis
+    y: Axis
+    width: int
+
+    def across(self, value: float) -> float:
+        share = (value - self.x.low) / ((self.x.high - self.x.low) or 1)
+        return float(_LEFT + share * (self.width - _LEFT - _RIGHT))
+
+    def up(self, value: float) -> float:
+        share = (value - self.y.low) / ((self.y.high - self.y.low) or 1)
+        return float(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM))
+
+    def axes(self, *, x_ticks: bool = True) -> str:
+        right, bottom = self.width - _RIGHT, HEIGHT - _BOTTOM
+        drawn = []
+        for tick in self.y.ticks():
+            at = self.up(tick)
+            drawn.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            drawn.append(f'<text class="tick end" x="{_LEFT - 6}" y="{at + 4:.1f}">{_tick(tick)}</text>')
+        for tick in self.x.ticks() if x_ticks else ():
+            at = self.across(tick)
+            drawn.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+            drawn.append(f'<text class="tick middle" x="{at:.1f}" y="{bottom + 16}">{_tick(tick)}</text>')
+        middle = (_TOP + bottom) / 2
+        drawn.append(
+            f'<text class="axis middle" x="{(_LEFT + right) / 2:.1f}" y="{HEIGHT - 8}">{escape(self.x.label)}</text>'
+        )
+        drawn.append(
+            f'<text class="axis middle" x="13" y="{middle:.1f}" transform="rotate(-90 13 {middle:.1f})">'
+            f"{escape(self.y.label)}</text>"
+        )
+        return "".join(drawn)
+
+
+def _drawn_series(one: Series, frame: _Frame) -> str:
+    x, y = np.asarray(one.x, float), np.asarray(one.y, float)
+    drawn = []
+    if one.has_line:
+        points = " ".join(f"{frame.across(a):.1f},{frame.up(b):.1f}" for a, b in zip(x, y, strict=True))
+        drawn.append(f'<polyline class="{one.style}" points="{points}"/>')
+    if one.low is not None and one.high is not None:
+        for a, low, high in zip(x, np.asarray(one.low, float), np.asarray(one.high, float), strict=True):
+            at = frame.across(a)
+            drawn.append(
+                f'<line class="{one.style} whisker" x1="{at:.1f}" x2="{at:.1f}" '
+                f'y1="{frame.up(low):.1f}" y2="{frame.up(high):.1f}"/>'
+            )
+    if one.has_dots:
+        for i, (a, b) in enumerate(zip(x, y, strict=True)):
+            note = f"<title>{escape(one.notes[i])}</title>" if one.notes else ""
+            drawn.append(
+                f'<circle class="{one.style}" cx="{frame.across(a):.1f}" cy="{frame.up(b):.1f}" r="3">{note}</circle>'
+            )
+    return "".join(drawn)
+
+
+def _legend(names: Sequence[tuple[str, str]], frame: _Frame) -> str:
+    """In a row above the axis' label; nothing where there is but one series."""
+    if len(names) < 2:
+        return ""
+    drawn, at = [], _LEFT + 4.0
+    for name, style in names:
+        drawn.append(f'<rect class="key {style}" x="{at:.1f}" y="{HEIGHT + 4}" width="12" height="10"/>')
+        drawn.append(f'<text class="tick" x="{at + 17:.1f}" y="{HEIGHT + 13}">{escape(name)}</text>')
+        at += 30 + 6.6 * len(name)
+    return "".join(drawn)
+
+
+def _svg(title: str, description: str, drawn: str, width: int, height: int) -> Markup:
+    name = re.sub(r"\W+", "-", title.lower())  # ids within a page: no two of its charts have one title
+    size = "chart wide" if width > WIDTH else "chart"
+    return Markup(
+        f'<svg class="{size}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-labelledby="{name}-title {name}-desc">'
+        f'<title id="{name}-title">{escape(title)}</title>'
+        f'<desc id="{name}-desc">{escape(description)}</desc>{drawn}</svg>'
+    )
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}" if abs(value) > 1e-12 else "0"

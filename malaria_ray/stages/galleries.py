@@ -1,0 +1,111 @@
+"""Pictures for the report: which cells to show, and their pixels out of the source archive, if it is still there."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from malaria_ray.archives.reading import read_cells
+from malaria_ray.cells.images import Pixels
+from malaria_ray.schema import OK, Label
+
+_JPEG_QUALITY = 85  # about 3 kB for a crop of 125 × 125
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Some cells of one kind. `n`: how many there are in all; `cells`: those shown, worst first."""
+
+    key: str
+    title: str
+    meaning: str
+    n: int
+    cells: list[dict[str, Any]]
+
+
+_KINDS = (
+    ("false-positives", "False positives", "labelled uninfected, called parasitized; the surest first",
+     "outcome = 'false positive'", "score DESC"),
+    ("false-negatives", "False negatives", "labelled parasitized, called uninfected; the surest first",
+     "outcome = 'false negative'", "score ASC"),
+    ("parasitized", "Surest parasitized", "called parasitized; the highest scores first",
+     "label IS NULL AND predicted_label = 1", "score DESC"),
+    ("least-certain", "Least certain", "scores nearest the threshold, whatever the label",
+     "true", "abs(score - threshold) ASC"),
+)  # fmt: skip
+
+
+def find_galleries(connection: duckdb.DuckDBPyConnection, *, split: str | None, n_each: int) -> list[Gallery]:
+    """The cells of each gallery that has any, of one split or all, without pictures. Reads the views `cells` and
+    `listing`.
+    """
+    of_split = "true" if split is None else "split = $split"
+    given = {} if split is None else {"split": split}
+    galleries = []
+    for key, title, meaning, condition, order in _KINDS:
+        where = f"FROM cells WHERE {of_split} AND {condition}"
+        ((n,),) = connection.execute(f"SELECT count(*) {where}", given).fetchall()
+        found = connection.sql(
+            "SELECT image_id, patient_id, label, score, predicted_label, width, height, content_digest, split "
+            f"{where} ORDER BY {order}, image_id LIMIT {n_each}",
+            params=given,
+        )
+        if n:
+            cells = found.to_arrow_table().to_pylist()
+            galleries.append(Gallery(key=key, title=title, meaning=meaning, n=n, cells=cells))
+    return galleries
+
+
+def pictures(
+    connection: duckdb.DuckDBPyConnection, galleries: Sequence[Gallery], *, image_size: int
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(image id → JPEG as a data URL, image id → why there is none) for every cell of the galleries.
+
+    The archive may be gone, or hold other bytes under the same name since: then there is no picture, never a wrong
+    one.
+    """
+    wanted = {cell["image_id"]: cell["content_digest"] for gallery in galleries for cell in gallery.cells}
+    chosen = pa.table({"image_id": pa.array(wanted, pa.string())})
+    listing = connection.from_arrow(chosen).join(connection.view("listing"), "image_id").to_arrow_table()
+    urls: dict[str, str] = {}
+    missing = dict.fromkeys(wanted, "it is not in the listing")
+    for container in pc.unique(listing["container"]).to_pylist():
+        rows = listing.filter(pc.equal(listing["container"], container)).sort_by(
+            [("offset", "ascending"), ("image_id", "ascending")]
+        )
+        try:
+            found = read_cells(rows, image_size=image_size)
+        except Exception as error:  # whatever a storage client raises where the archive is no longer to be had
+            reason = f"{container} cannot be read: {type(error).__name__}"
+            missing.update(dict.fromkeys(rows["image_id"].to_pylist(), reason))
+            continue
+        pixels = iter(found.pixels)
+        for cell in found.table.select(["image_id", "status", "detail", "content_digest"]).to_pylist():
+            image = next(pixels) if cell["status"] == OK else None
+            if image is None:
+                why = str(cell["detail"] or cell["status"]).partition(":")[0]
+                missing[cell["image_id"]] = f"{container} does not give it: {why}"
+            elif cell["content_digest"] != wanted[cell["image_id"]]:
+                missing[cell["image_id"]] = "the archive has other bytes under this name now"
+            else:
+                urls[cell["image_id"]] = _data_url(image)
+                del missing[cell["image_id"]]
+    return urls, missing
+
+
+def _data_url(image: Pixels) -> str:
+    """uint8 (size, size, 3), RGB, as the data URL of a JPEG."""
+    data = cv2.imencode(".jpg", np.ascontiguousarray(image[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def label_name(label: int | None) -> str:
+    return "no label" if label is None else Label(label).name

@@ -1,0 +1,250 @@
+"""report: a results directory becomes report/index.html, one file to read in a browser, catalog.sql for DuckDB,
+and croissant.json, its data dictionary.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import duckdb
+import jinja2
+from tyro.conf import Positional
+
+import malaria_ray
+from malaria_ray.errors import ConfigError, DirectoryError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label, Split
+from malaria_ray.stages import figures
+from malaria_ray.stages.croissant import croissant
+from malaria_ray.stages.galleries import find_galleries, label_name, pictures
+from malaria_ray.stages.views import Results, absent_views, catalog, connect, open_results
+
+log = logging.getLogger("malaria_ray")
+
+_MAX_THUMBNAILS = 100
+_MAX_PATIENTS = 20_000  # rows of the patient table: about 1.5 MB
+_MAX_QUARANTINED = 200
+_HELD_OUT = (Split.test, "unseen", Split.val, Split.train)
+"""Which split's cells the curves and galleries show: the first of these that has labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Writes report/index.html, catalog.sql and croissant.json into a results directory."""
+
+    results: Positional[str]
+    """Directory made by 'malaria-ray screen', best after 'malaria-ray evaluate'."""
+    thumbnails: int = 24
+    """Cells that each gallery shows at most."""
+    overwrite: bool = False
+    """Write the report anew where it is there."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.thumbnails <= _MAX_THUMBNAILS:
+            raise ConfigError(f"--thumbnails {self.thumbnails}: allowed are 0 to {_MAX_THUMBNAILS}")
+
+
+def run(config: Config) -> None:
+    """Writes the report; does nothing where it was made from the same tables by the same version."""
+    (results,) = open_results([config.results])
+    folder = results.path / "report"
+    marker = folder / outputs.SUCCESS
+    if config.overwrite:
+        storage.remove(marker)
+    identity = _identity(results, config)
+    targets = {
+        "report/index.html": folder / "index.html",
+        "catalog.sql": results.path / "catalog.sql",
+        "croissant.json": results.path / "croissant.json",
+    }
+    is_there = marker.exists() and all(target.exists() for target in targets.values())
+    if is_there and storage.read_json(marker)["identity"] == identity:
+        log.info("%s has its report; nothing to do (--overwrite writes it anew)", results.path)
+    else:
+        storage.remove(marker)
+        pages = {
+            "report/index.html": _page(results, config),
+            "catalog.sql": catalog(results),
+            "croissant.json": json.dumps(croissant(results), indent=2, ensure_ascii=False) + "\n",
+        }
+        for name, target in targets.items():
+            storage.write_bytes(target, pages[name].encode())
+        files = {name: storage.record_of(target) for name, target in targets.items()}
+        storage.write_json(marker, {"identity": identity, "files": files})
+    n_bytes = storage.read_json(marker)["files"]["report/index.html"]["bytes"]
+    out = console()
+    out.print(f"{targets['report/index.html']}  open it in a browser ({n_bytes / 1e6:.1f} MB)", soft_wrap=True)
+    out.print(f"{targets['catalog.sql']}  duckdb -init catalog.sql, in that directory", soft_wrap=True)
+    out.print(RESEARCH_ONLY)
+
+
+def _identity(results: Results, config: Config) -> dict[str, Any]:
+    """What decides the report: the tables, the page's own files, the version."""
+    evaluated = results.path / "metrics" / outputs.SUCCESS
+    templates = hashlib.sha256("".join(_template(name) for name in ("report.html", "report.css", "report.js")).encode())
+    return {
+        "screened": {name: record["sha256"] for name, record in results.success["files"].items()},
+        "evaluated": storage.read_json(evaluated)["identity"] if evaluated.exists() else None,
+        "thumbnails": config.thumbnails,
+        "templates": templates.hexdigest()[:16],
+        "malaria_ray": malaria_ray.__version__,
+    }
+
+
+def _page(results: Results, config: Config) -> str:
+    """The whole page. Raises: `DirectoryError` where a table that screening writes is missing."""
+    absent = absent_views([results])
+    for line in (line for line in absent.values() if "is missing" in line):
+        raise DirectoryError(line)
+    connection = connect([results])
+    trained = storage.read_json(results.path / "model" / "SUCCESS.json")
+    split = _headline_split(connection)
+    galleries = find_galleries(connection, split=split, n_each=config.thumbnails)
+    images, without_image = pictures(connection, galleries, image_size=trained["image_size"])
+    script = _template("report.js")
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            css=_template("report.css"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            name=results.name,
+            success=results.success,
+            run=results.run,
+            training=storage.read_json(results.path / "model" / "config.json"),
+            trained=trained,
+            research_only=RESEARCH_ONLY,
+            reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
+            is_evaluated="metrics" not in absent,
+            split=split,
+            data=_data(connection),
+            metrics=_metrics(connection) if "metrics" not in absent else {},
+            confusion=_confusion(connection, split),
+            figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
+            learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
+            patients=_patients(connection) if "patients" not in absent else None,
+            patients_figure=figures.of_patients(connection) if "patients" not in absent else None,
+            galleries=galleries,
+            images=images,
+            without_image=without_image,
+            quarantine=_quarantine(connection),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    """Everything put into the page is escaped unless it is `Markup`; an unknown name is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["printable"] = lambda value: printable(str(value))
+    environment.filters["short"] = lambda value: _short(printable(str(value)))
+    environment.filters["thousands"] = lambda value: f"{value:,}"
+    environment.filters["label"] = label_name
+    environment.filters["number"] = lambda value: "undefined" if value is None else f"{value:.4f}"
+    return environment
+
+
+def _template(name: str) -> str:
+    return (resources.files("malaria_ray.stages") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _short(text: str, n_letters: int = 64) -> str:
+    """Both ends of a long name: the folder says the class, the end tells files apart."""
+    half = n_letters // 2
+    return text if len(text) <= n_letters else f"{text[:half]}…{text[-half:]}"
+
+
+def _rows(connection: duckdb.DuckDBPyConnection, sql: str, **given: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = connection.sql(sql, params=given).to_arrow_table().to_pylist()
+    return rows
+
+
+def _headline_split(connection: duckdb.DuckDBPyConnection) -> str | None:
+    """The split to judge the model by; None where no cell has a label."""
+    found = {row["split"] for row in _rows(connection, "SELECT DISTINCT split FROM cells WHERE label IS NOT NULL")}
+    return next((str(split) for split in _HELD_OUT if str(split) in found), None)
+
+
+def _data(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """Counts of files and cells; sizes in pixels."""
+    (whole,) = _rows(
+        connection,
+        """
+        SELECT count(*) AS n, count(DISTINCT patient_id) AS n_patients,
+               count(*) - count(patient_id) AS n_without_patient, count(*) - count(label) AS n_unlabelled,
+               min(width) AS width_min, median(width) AS width_median, max(width) AS width_max,
+               min(height) AS height_min, median(height) AS height_median, max(height) AS height_max,
+               count(content_digest) - count(DISTINCT content_digest) AS n_duplicates
+        FROM predictions
+        """,
+    )
+    by_split = _rows(
+        connection,
+        """
+        SELECT split, count(*) AS n, count(*) FILTER (label = 0) AS n_uninfected,
+               count(*) FILTER (label = 1) AS n_parasitized, count(*) FILTER (label IS NULL) AS n_unlabelled,
+               count(DISTINCT patient_id) AS n_patients, sum(predicted_label)::BIGINT AS n_called
+        FROM cells GROUP BY split ORDER BY list_position(['train', 'val', 'test', 'unseen'], split)
+        """,
+    )
+    return {**whole, "by_split": by_split}
+
+
+def _metrics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """By level: the splits with their n, and of each metric its value and interval by split."""
+    rows = _rows(connection, "SELECT split, level, metric, value, ci_low, ci_high, n FROM metrics")
+    tables: dict[str, Any] = {}
+    for level in ("cell", "patient"):
+        of_level = [row for row in rows if row["level"] == level and not row["metric"].startswith("n_")]
+        splits: dict[str, int] = {}
+        for row in of_level:  # rates of one class are of fewer patients
+            splits[row["split"]] = max(row["n"], splits.get(row["split"], 0))
+        values: dict[str, dict[str, Any]] = {}
+        for row in of_level:
+            values.setdefault(row["metric"], {})[row["split"]] = row
+        ordered = [str(split) for split in ("train", "val", "test", "unseen") if split in splits]
+        tables[level] = {"splits": {split: splits[split] for split in ordered}, "values": values}
+    return tables
+
+
+def _confusion(connection: duckdb.DuckDBPyConnection, split: str | None) -> dict[str, int]:
+    rows = _rows(
+        connection,
+        "SELECT outcome, count(*) AS n FROM cells WHERE split = $split AND outcome IS NOT NULL GROUP BY outcome",
+        split=split,
+    )
+    return {row["outcome"].replace(" ", "_"): row["n"] for row in rows}
+
+
+def _patients(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval."""
+    ((n,),) = connection.execute("SELECT count(*) FROM patients").fetchall()
+    rows = connection.execute(
+        "SELECT patient_id, label, n_cells, n_parasitized, round(parasitized_fraction, 4), round(ci_low, 4), "
+        f"round(ci_high, 4) FROM patients ORDER BY parasitized_fraction DESC, patient_id LIMIT {_MAX_PATIENTS}"
+    ).fetchall()
+    names = {None: "no label"} | {label.value: label.name for label in Label}
+    return {"n": n, "rows": [[printable(patient), names[label], *numbers] for patient, label, *numbers in rows]}
+
+
+def _quarantine(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    return {
+        "reasons": _rows(
+            connection, "SELECT reason, count(*) AS n FROM quarantine GROUP BY reason ORDER BY n DESC, reason"
+        ),
+        "rows": _rows(
+            connection,
+            "SELECT image_id, reason, detail, n_bytes FROM quarantine ORDER BY reason, image_id "
+            f"LIMIT {_MAX_QUARANTINED}",
+        ),
+    }

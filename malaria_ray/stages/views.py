@@ -1,0 +1,256 @@
+"""The tables of results directories as DuckDB views: what 'query' and 'report' ask, and what catalog.sql creates.
+
+    runs           one row per results directory: its place among those given, model, threshold, source
+    predictions, quarantine, listing, metrics, patients, splits, history
+                   the tables of schema.py, with the directory's name in a last column `results`
+    cells          predictions with the split that the model knows each image by, the threshold and the outcome
+
+A view exists where every directory has its table. Files are named one by one and not by a pattern, so that no file
+that happens to lie there is counted, and no directory name is taken for a pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from malaria_ray.errors import ConfigError, DirectoryError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.schema import (
+    HISTORY,
+    LISTING,
+    METRICS,
+    PATIENTS,
+    PREDICTIONS,
+    QUARANTINE,
+    SCHEMA_VERSION,
+    SPLITS,
+    Table,
+)
+
+_PLACES: dict[str, tuple[Table, str, str]] = {
+    "predictions": (PREDICTIONS, "predictions", "screen"),
+    "quarantine": (QUARANTINE, "quarantine", "screen"),
+    "listing": (LISTING, "listing.parquet", "screen"),
+    "splits": (SPLITS, "model/splits.parquet", "screen"),
+    "history": (HISTORY, "model/history.parquet", "screen"),
+    "metrics": (METRICS, "metrics", "evaluate"),
+    "patients": (PATIENTS, "patients", "evaluate"),
+}
+"""View: its table, the file or folder of parts in a results directory, the stage that writes it."""
+
+_CELLS = """\
+CREATE OR REPLACE VIEW cells AS
+SELECT
+    predictions.* EXCLUDE (results),
+    coalesce(by_name.split, by_content.split, 'unseen') AS split,
+    runs.threshold,
+    CASE
+        WHEN predictions.label IS NULL THEN NULL
+        WHEN predictions.label = 1 THEN if(predictions.predicted_label = 1, 'true positive', 'false negative')
+        ELSE if(predictions.predicted_label = 1, 'false positive', 'true negative')
+    END AS outcome,
+    results
+FROM predictions
+JOIN runs USING (results)
+LEFT JOIN splits AS by_name
+    ON by_name.results = predictions.results AND by_name.image_id = predictions.image_id
+    AND (by_name.content_digest = predictions.content_digest OR by_name.content_digest IS NULL)
+LEFT JOIN (
+    SELECT results, content_digest, arg_min(split, list_position(['train', 'val', 'test'], split)) AS split
+    FROM splits WHERE content_digest IS NOT NULL GROUP BY results, content_digest
+) AS by_content ON by_content.results = predictions.results AND by_content.content_digest = predictions.content_digest;
+"""
+"""The rule for `split` is that of evaluate.split_of: an image is known by name and content, else by content, and
+bytes that stand in several splits count as the one that the model saw most of.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """One finished results directory. `name` is what the column `results` says."""
+
+    name: str
+    path: UPath
+    success: dict[str, Any]
+    run: dict[str, Any]
+
+    def files(self, view: str) -> list[UPath]:
+        """The Parquet files of a table; none where the stage that writes it has not finished."""
+        _, place, stage = _PLACES[view]
+        if stage == "evaluate" and not (self.path / "metrics" / outputs.SUCCESS).exists():
+            return []
+        file = self.path / place
+        if not place.endswith(".parquet"):
+            return storage.parts(file)
+        return [file] if file.exists() else []
+
+
+def open_results(urls: Sequence[str]) -> list[Results]:
+    """The results directories at local paths or URLs, named by their last part, or by the whole URL where two would
+    have one name. Raises: `NotCompleteError`, `DirectoryError`, `ConfigError`.
+    """
+    paths = [storage.locate(url) for url in urls]
+    if len({str(path) for path in paths}) < len(paths):
+        raise ConfigError(f"{', '.join(urls)}: one directory is given twice; give each once")
+    last_parts = [path.path.rstrip("/").rpartition("/")[2] for path in paths]
+    names = last_parts if len(set(last_parts)) == len(paths) else [str(path) for path in paths]
+    return [
+        Results(
+            name=name,
+            path=path,
+            success=outputs.check_complete(path, "screen"),
+            run=outputs.read_config(path, "screen"),
+        )
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def connect(results: Sequence[Results]) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB with the views over the given directories; other protocols are read through fsspec.
+
+    Raises: `DirectoryError` where a table was written by a newer version.
+    """
+    connection = duckdb.connect(config={"autoinstall_known_extensions": False})
+    for one in results:
+        if not storage.is_local(one.path) and not connection.filesystem_is_registered(_protocol(one.path)):
+            connection.register_filesystem(one.path.fs)
+    connection.execute(_create_views(results, lambda file: storage.as_url(file)))
+    return connection
+
+
+def catalog(results: Results) -> str:
+    """SQL that creates the views, with paths relative to the directory: `duckdb -init catalog.sql` run in it."""
+    prefix = results.path.path.rstrip("/") + "/"
+    return (
+        f"-- Tables of the results {_comment(results.name)} as views, written by 'malaria-ray report'.\n"
+        "-- In this directory:  duckdb -init catalog.sql\n"
+        "-- 'malaria-ray schema' says what each column means; 'malaria-ray query --examples' lists questions.\n\n"
+        + _create_views([results], lambda file: file.path.removeprefix(prefix))
+    )
+
+
+def absent_views(results: Sequence[Results]) -> dict[str, str]:
+    """Each view that cannot be had, and the line that says what to do."""
+    absent = {}
+    for view, (_, _, stage) in _PLACES.items():
+        if lacking := [one for one in results if not one.files(view)]:
+            absent[view] = (
+                f"there is no table {view} in {lacking[0].path}; run 'malaria-ray {stage}' on it"
+                if stage == "evaluate"
+                else f"the table {view} is missing in {lacking[0].path}; 'malaria-ray verify' says what else is"
+            )
+    return absent
+
+
+def _create_views(results: Sequence[Results], name_of: Any) -> str:
+    absent = absent_views(results)
+    statements = [_runs(results)]
+    for view in _PLACES:
+        if view not in absent:
+            of_each = (_select(one, view, name_of) for one in results)
+            statements.append(f"CREATE OR REPLACE VIEW {view} AS\n" + "\nUNION ALL BY NAME\n".join(of_each) + ";\n")
+        else:
+            statements.append(f"-- {_comment(absent[view])}\n")
+    if not {"predictions", "splits"} & absent.keys():
+        statements.append(_CELLS)
+    return "\n".join(statements)
+
+
+def _runs(results: Sequence[Results]) -> str:
+    rows = [
+        (
+            number,
+            one.name,
+            one.success["run_id"],
+            one.success["model"],
+            one.success["threshold"],
+            one.run["identity"]["engine"],
+            one.run["identity"]["split"],
+            one.run["config"]["source"],
+            one.success["finished_at"],
+        )
+        for number, one in enumerate(results, start=1)
+    ]
+    values = ",\n    ".join("(" + ", ".join(_literal(value) for value in row) + ")" for row in rows)
+    return (
+        f"CREATE OR REPLACE VIEW runs AS\nSELECT * FROM (VALUES\n    {values}\n"
+        ") AS runs(number, results, run_id, model, threshold, engine, screened_split, source, finished_at);\n"
+    )
+
+
+def _select(results: Results, view: str, name_of: Any) -> str:
+    """One directory's part of a view: the columns of the schema, null where an older version did not write one."""
+    files, table = results.files(view), _PLACES[view][0]
+    found = _schema(files[0]).names
+    columns = [
+        f'"{column.name}"' if column.name in found else f'NULL::{_SQL_TYPES[str(column.type)]} AS "{column.name}"'
+        for column in table.columns
+    ]
+    listed = ", ".join(_literal(_not_a_pattern(name_of(file))) for file in files)
+    return f"SELECT {', '.join(columns)}, {_literal(results.name)} AS results\nFROM read_parquet([{listed}])"
+
+
+_SQL_TYPES = {
+    "string": "VARCHAR",
+    "int8": "TINYINT",
+    "int32": "INTEGER",
+    "int64": "BIGINT",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+}
+
+
+def _schema(file: UPath) -> pa.Schema:
+    """Raises: `DirectoryError` where the file cannot be read or was written by a newer version."""
+    try:
+        with file.open("rb") as opened:
+            schema = pq.read_schema(opened)
+    except (pa.ArrowInvalid, OSError) as error:
+        said = " ".join(str(error).split())
+        raise DirectoryError(
+            f"{file} cannot be read ({said}); 'malaria-ray verify' says what else was changed"
+        ) from error
+    version = int((schema.metadata or {}).get(b"malaria_ray.schema_version", 0))
+    if version > SCHEMA_VERSION:
+        raise DirectoryError(
+            f"{file} has schema version {version}, this malaria_ray reads up to {SCHEMA_VERSION}; update malaria_ray"
+        )
+    return schema
+
+
+def _protocol(path: UPath) -> str:
+    protocol = path.fs.protocol
+    return protocol if isinstance(protocol, str) else str(protocol[0])
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return repr(value)
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _not_a_pattern(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _comment(text: str) -> str:
+    return " ".join(text.split())
+
+
+def table_views() -> tuple[str, ...]:
+    return tuple(_PLACES)
+
+
+def table_of(view: str) -> Table:
+    return _PLACES[view][0]
+
+
+def view_names() -> tuple[str, ...]:
+    return ("runs", *_PLACES, "cells")
