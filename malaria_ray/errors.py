@@ -12,6 +12,7 @@
     ├── TrainingError               training stopped (NaN loss, workers lost, more workers than can be had)
     ├── ModelError                  a model file is missing, of another image size, or disagrees with itself
     ├── TooManyBadImagesError       more of the archive is unusable than --max-bad-fraction allows
+    ├── ClusterError                no cluster answers, it refuses the token, or `doctor` found a fault
     └── InvariantError              `verify` found rows that are missing, doubled or changed
 
 `ReadError` and `ImageRefused` concern one file: stages turn them into a quarantine row and never let them end a run.
@@ -82,6 +83,10 @@ class ModelError(MalariaRayError):
 
 class TooManyBadImagesError(MalariaRayError):
     """More of the archive is unusable than --max-bad-fraction allows."""
+
+
+class ClusterError(MalariaRayError):
+    """No cluster answers, it refuses the token, or `doctor` found a fault."""
 
 
 class InvariantError(MalariaRayError):
