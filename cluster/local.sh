@@ -10,8 +10,10 @@
 # them and nothing is changed outside. Else all are processes on 127.0.0.1, where links cannot be cut.
 # Token authentication is on; the token lies in $BED/token, readable by its owner only.
 #
+# Nodes share no folder of Ray's: one would delete what another still uses. They share the disk.
 # BED (/tmp/mrbed, short: Unix sockets below it have at most 107 characters), PYTHON (.venv/bin/python), CPUS of a
-# worker (1), OBJECT_STORE_MB of a node (160), NODE_WRAPPER (a program that `add-node` starts the node through).
+# worker (1), OBJECT_STORE_MB of a node (160), NODE_WRAPPER (a program that `ray start` is started
+# through), NODE_ARGUMENTS (one more argument of `ray start`), NODE_PYTHONPATH (before the package): for nodes with faults.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,8 +31,8 @@ fail() { echo "local.sh: $*" >&2; exit 1; }
 mode() { cat "$BED/mode"; }
 check_is_up() { [[ -f $BED/mode ]] || fail "no test bed at $BED; start one with: cluster/local.sh up 2"; }
 address_of() { if [[ $(mode) == netns ]]; then echo "$NET.$((10 + $1))"; else echo 127.0.0.1; fi; }
-check_node() { [[ ${1:-} =~ ^[0-9]+$ && -d $BED/node-$1 ]] || fail "no node '${1:-}'; there are: $(nodes | xargs)"; }
-nodes() { find "$BED" -maxdepth 1 -name 'node-*' -printf '%f\n' | sed 's/node-//' | sort -n; }
+check_node() { [[ ${1:-} =~ ^[0-9]+$ && -d $BED/n$1 ]] || fail "no node '${1:-}'; there are: $(nodes | xargs)"; }
+nodes() { find "$BED" -maxdepth 1 -name 'n[0-9]*' -printf '%f\n' | sed 's/n//' | sort -n; }
 
 # Every process of a node carries MALARIA_RAY_NODE in its environment, by inheritance: that is how they are found again.
 pids_of() {
@@ -78,17 +80,17 @@ in_namespace() {
 }
 
 start_node() { # start_node NODE ray-start-arguments…
-    local node=$1 folder=$BED/node-$1 log=$BED/node-$1/log waited=0
+    local node=$1 folder=$BED/n$1 log=$BED/n$1/log waited=0
     shift
     [[ $(mode) == loopback ]] || plug_in "$node"
     mkdir -p "$folder"
     cd "$folder"
     # shellcheck disable=SC2086 # the wrapper is a program and its arguments
-    (in_namespace "$NAME-$node" setsid ${NODE_WRAPPER:-} env -u RAY_ADDRESS -u RAY_AUTH_TOKEN "${SETTINGS[@]}" \
+    (in_namespace "$NAME-$node" setsid env -u RAY_ADDRESS -u RAY_AUTH_TOKEN "${SETTINGS[@]}" \
         MALARIA_RAY_NODE="$BED:$node" PYTHONPATH="${NODE_PYTHONPATH:+$NODE_PYTHONPATH:}$ROOT" RAY_USAGE_STATS_ENABLED=0 \
-        RAY_RAYLET_START_WAIT_TIME_S="$WAIT_S" "$PYTHON" -m ray.scripts.scripts start --block \
+        RAY_RAYLET_START_WAIT_TIME_S="$WAIT_S" ${NODE_WRAPPER:-} "$PYTHON" -m ray.scripts.scripts start --block \
         --node-ip-address="$(address_of "$node")" --object-store-memory=$((OBJECT_STORE_MB * 1000000)) \
-        --dashboard-agent-listen-port=$((52400 + node)) "$@" >"$log" 2>&1 </dev/null &)
+        --dashboard-agent-listen-port=$((52400 + node)) --temp-dir="$folder/ray" "$@" >"$log" 2>&1 </dev/null &)
     until grep -q 'Ray runtime started' "$log" 2>/dev/null; do
         sleep 1
         waited=$((waited + 1))
@@ -170,5 +172,5 @@ run)
     in_namespace "$NAME" env "${SETTINGS[@]}" PYTHONPATH="$ROOT" RAY_API_SERVER_ADDRESS="http://$(address_of 0):8265" "$@"
     ;;
 down) down ;;
-*) sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+*) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 esac

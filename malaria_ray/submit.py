@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     """Submits or joins; Ctrl-C stops the job. Returns the job's exit status."""
     from malaria_ray.cli import parse  # the command knows every stage's flags: a wrong one is told before the upload
 
-    _check_paths(config.command[0], parse(*config.command))
+    _check_paths(config.command[0], parse(*(part for part in config.command if part != "--debug")))
     client = jobs.connect(config.address)
     job_id, is_new = jobs.submit_or_join(
         client,

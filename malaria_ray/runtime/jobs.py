@@ -78,12 +78,17 @@ def follow(client: Any, job_id: str, write: Callable[[str], object] = sys.stdout
     """
     n_written, failures = 0, 0
     while True:
+        skip = n_written  # a new connection tells the log from its beginning
+
+        def show(piece: str) -> None:
+            nonlocal n_written, skip, failures
+            fresh, skip = piece[skip:], max(0, skip - len(piece))
+            n_written, failures = n_written + len(fresh), 0
+            write(fresh)
+            sys.stdout.flush()
+
         try:
-            for lines in _log_of(client, job_id, skip=n_written):
-                n_written += len(lines)
-                failures = 0
-                write(lines)
-                sys.stdout.flush()
+            asyncio.run(_each_piece(client, job_id, show))
             job = client.get_job_info(job_id)
             if job.status.is_terminal():
                 return exit_status(job)
@@ -143,22 +148,9 @@ def _joined(job: Any, job_id: str, command: str) -> str:
     return job_id
 
 
-def _log_of(client: Any, job_id: str, skip: int) -> Iterator[str]:
-    """Pieces of the log from its character `skip` on, as they are written."""
-    loop = asyncio.new_event_loop()
-    pieces = client.tail_job_logs(job_id)
-    try:
-        while True:
-            try:
-                piece: str = loop.run_until_complete(anext(pieces))
-            except StopAsyncIteration:
-                return
-            fresh, skip = piece[skip:], max(0, skip - len(piece))
-            if fresh:
-                yield fresh
-    finally:
-        loop.run_until_complete(pieces.aclose())
-        loop.close()
+async def _each_piece(client: Any, job_id: str, show: Callable[[str], None]) -> None:
+    async for piece in client.tail_job_logs(job_id):
+        show(piece)
 
 
 @contextmanager
