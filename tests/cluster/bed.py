@@ -53,7 +53,7 @@ class Bed:
         return subprocess.Popen(
             [*command, *arguments], env=self.environment, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def client(self, *arguments: str, **environment: str) -> tuple[int, str]:
