@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from servers import closed_url
 
@@ -33,6 +35,18 @@ def test_what_cannot_work_is_told_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("", "is empty")])
+def test_a_token_file_without_a_token_is_told_before_ray_ends_the_process(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    if content is not None:
+        (tmp_path / "token").write_text(content)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert main(["jobs", *NOBODY]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_a_wrong_flag_of_the_sub_command_is_wrong_usage():

@@ -33,6 +33,7 @@ def connect(address: str | None) -> Any:
     Raises: `ClusterError` where nobody answers, or the token is missing or wrong.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
+    _check_token_file()
     from ray.job_submission import JobSubmissionClient
 
     if not log.isEnabledFor(logging.DEBUG):
@@ -133,6 +134,19 @@ def exit_status(job: Any) -> int:
     return int(job.driver_exit_code) or 1
 
 
+def _check_token_file() -> None:
+    """Ray ends the whole process, with a stack of C++, where RAY_AUTH_TOKEN_PATH names no token."""
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not file or os.environ.get("RAY_AUTH_TOKEN"):
+        return
+    try:
+        is_empty = not Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(f"RAY_AUTH_TOKEN_PATH={file} cannot be read: {error}; name the file of the token") from error
+    if is_empty:
+        raise ClusterError(f"RAY_AUTH_TOKEN_PATH={file} is empty; write the cluster's token there")
+
+
 def _find(client: Any, job_id: str) -> Any:
     """The job of that id; None where there is none."""
     with _explained(client.get_address()):
@@ -173,8 +187,8 @@ def _explained(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise ClusterError(
-            f"{address} refused the token: {str(error).splitlines()[0]}; give the cluster's token in a file named by "
-            "RAY_AUTH_TOKEN_PATH (default ~/.ray/auth_token)"
+            f"{address} lets nobody in without its token ({str(error).splitlines()[0].split('. ')[0]}); put the token "
+            "in ~/.ray/auth_token, or in a file that RAY_AUTH_TOKEN_PATH names"
         ) from error
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise ClusterError(
