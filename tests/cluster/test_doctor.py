@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,3 +132,41 @@ def test_a_cluster_without_a_token_is_refused(network: None):
             "from malaria_ray.runtime.facts import lets_in_without_token as open; print(open('10.213.103.10:6379'))",
         )  # fmt: skip
         assert head.strip().endswith("True")
+
+
+def test_nodes_with_certificates_of_a_private_ca_work_together_and_shut_out_who_has_none(network: None, tmp_path: Path):
+    nodes = ["head=10.213.104.10", "node=10.213.104.11"]
+    subprocess.run([str(ROOT / "cluster/tls.sh"), str(tmp_path), *nodes], check=True, capture_output=True)
+    tls = {"RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": str(tmp_path / "ca.crt")}
+
+    def certificate(name: str) -> dict[str, str]:
+        return {
+            "RAY_TLS_SERVER_CERT": str(tmp_path / f"{name}.crt"),
+            "RAY_TLS_SERVER_KEY": str(tmp_path / f"{name}.key"),
+        }
+
+    with bed(0, number=4, **tls, **certificate("head")) as cluster:
+        cluster.script("add-node", **certificate("node"))
+        status, report = cluster.client("doctor")
+        assert status == 0, report
+        assert "on 2 nodes" in report
+        ask = "from ray._raylet import GcsClient; GcsClient('10.213.104.10:6379').internal_kv_keys(b'', None)"
+        for settings, is_let_in in (({}, True), ({"RAY_USE_TLS": "0"}, False)):
+            environment = [f"{name}={value}" for name, value in settings.items()]
+            command = ["run", "--", "timeout", "60", "env", *environment, "python", "-c", ask + "; print('let in')"]
+            assert cluster.script(*command, check=False).strip().endswith("let in") == is_let_in
+
+
+def test_down_leaves_nothing_behind(network: None):
+    with bed(0, number=5) as cluster:
+        assert cluster.script("up", check=False).endswith("'cluster/local.sh down' removes it\n")
+        assert "no node '7'; there are: 0" in cluster.script("kill-node", "7", check=False)
+    assert not cluster.folder.exists()
+    assert cluster.folder.name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    mark = f"MALARIA_RAY_NODE={cluster.folder}:".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            assert mark not in (process / "environ").read_bytes(), process
+        except OSError:
+            continue  # it ended meanwhile
+    assert "no test bed at" in cluster.script("status", check=False)
