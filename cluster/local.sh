@@ -36,13 +36,7 @@ nodes() { find "$BED" -maxdepth 1 -name 'n[0-9]*' -printf '%f\n' | sed 's/n//' |
 
 # Every process of a node carries MALARIA_RAY_NODE in its environment, by inheritance: that is how they are found again.
 pids_of() {
-    local file
-    for file in /proc/[0-9]*/environ; do
-        if tr '\0' '\n' 2>/dev/null <"$file" | grep -qxF "MALARIA_RAY_NODE=$BED:$1"; then
-            file=${file#/proc/}
-            echo "${file%/environ}"
-        fi
-    done
+    { grep -lzxF "MALARIA_RAY_NODE=$BED:$1" /proc/[0-9]*/environ 2>/dev/null || true; } | cut -d / -f 3
 }
 
 kill_node() {

@@ -93,6 +93,17 @@ def read_marks(folder: str, names: list[str]) -> str | None:
     return _error_of(read)
 
 
+def remove_marks(folder: str) -> str | None:
+    """Removes the folder of those files, on a disk of this node's own too; returns the error or None."""
+
+    def remove() -> None:
+        from malaria_ray.runtime import storage
+
+        storage.remove(storage.locate(folder))
+
+    return _error_of(remove)
+
+
 def read_model(file: str, sha256: str) -> str | None:
     """Compares a model file with its digest; returns the error or None."""
 

@@ -54,16 +54,14 @@ def _storage_errors(names: dict[str, str], url: str | None) -> dict[str, str | N
     """Each node writes a file, then each reads those of all: a folder of the same name on each node is found out."""
     if url is None:
         return dict.fromkeys(names)
-    folder = storage.locate(url) / f".doctor-{secrets.token_hex(8)}"
-    marks = [f"{id_}.txt" for id_ in names]
+    folder = storage.as_url(storage.locate(url) / f".doctor-{secrets.token_hex(8)}")
+    marks = {id_: f"{id_[:12]}.txt" for id_ in names}
     try:
-        written = {id_: _on_each({id_: name}, facts.write_mark, str(folder), f"{id_}.txt")[id_]
-                   for id_, name in names.items()}  # fmt: skip
-        good = [mark for mark in marks if written[mark.removesuffix(".txt")] is None]
-        read = _on_each(names, facts.read_marks, str(folder), good)
+        written = {id_: _on_each({id_: name}, facts.write_mark, folder, marks[id_])[id_] for id_, name in names.items()}
+        read = _on_each(names, facts.read_marks, folder, [marks[id_] for id_ in names if written[id_] is None])
     finally:
-        if folder.exists():
-            storage.remove(folder)
+        for id_, name in names.items():  # one after the other: the first removes a folder that they share
+            _on_each({id_: name}, facts.remove_marks, folder)
     return {
         id_: f"cannot write: {written[id_]}" if written[id_] else f"cannot read: {read[id_]}" if read[id_] else None
         for id_ in names

@@ -104,7 +104,7 @@ def test_each_fault_of_a_node_is_found_and_has_a_remedy(patient: Patient, fault:
     assert status == 1, report
     lines = report.splitlines()
     [index] = [i for i, line in enumerate(lines) if line.startswith(f"FAULT {fault}")]
-    assert next(line for line in lines[index + 1 :] if not line.startswith(" " * 8)).strip().startswith("→"), report
+    assert lines[index + 1].startswith("      → "), report
 
 
 def test_what_is_the_same_on_all_nodes_is_no_fault(patient: Patient):
