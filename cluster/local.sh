@@ -6,8 +6,9 @@
 #   cluster/local.sh status          nodes, processes, links       cluster/local.sh heal-link 1
 #   cluster/local.sh add-node        one more worker               cluster/local.sh down          ends and removes all of it
 #
-# As root each node lives in a network namespace of its own, joined by a bridge in one more: nothing outside can reach
-# them and nothing is changed outside. Else all are processes on 127.0.0.1, where links cannot be cut.
+# Needs root: each node lives in a network namespace of its own, joined by a bridge in one more. Nothing outside can reach
+# them and nothing is changed outside. There is no mode without: told 127.0.0.1, Ray still listens on and uses the machine's
+# own address (2.60.0).
 # Token authentication is on; the token lies in $BED/token, readable by its owner only.
 #
 # Nodes share no folder of Ray's: one would delete what another still uses. They share the disk.
@@ -28,16 +29,13 @@ WAIT_S=${WAIT_S:-180}
 SETTINGS=(PATH="$(dirname "$PYTHON"):$PATH" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$BED/token" RAY_TMPDIR="$BED")
 
 fail() { echo "local.sh: $*" >&2; exit 1; }
-mode() { cat "$BED/mode"; }
-check_is_up() { [[ -f $BED/mode ]] || fail "no test bed at $BED; start one with: cluster/local.sh up 2"; }
-address_of() { if [[ $(mode) == netns ]]; then echo "$NET.$((10 + $1))"; else echo 127.0.0.1; fi; }
+check_is_up() { [[ -f $BED/token ]] || fail "no test bed at $BED; start one with: cluster/local.sh up 2"; }
+address_of() { echo "$NET.$((10 + $1))"; }
 check_node() { [[ ${1:-} =~ ^[0-9]+$ && -d $BED/n$1 ]] || fail "no node '${1:-}'; there are: $(nodes | xargs)"; }
 nodes() { find "$BED" -maxdepth 1 -name 'n[0-9]*' -printf '%f\n' | sed 's/n//' | sort -n; }
 
-# Every process of a node carries MALARIA_RAY_NODE in its environment, by inheritance: that is how they are found again.
-pids_of() {
-    { grep -lzxF "MALARIA_RAY_NODE=$BED:$1" /proc/[0-9]*/environ 2>/dev/null || true; } | cut -d / -f 3
-}
+# Not by a mark in their environment: Ray's processes rename themselves and overwrite what /proc shows of it.
+pids_of() { ip netns pids "$NAME-$1"; }
 
 kill_node() {
     local pids _
@@ -67,21 +65,15 @@ plug_in() {
     ip -n "$NAME-$node" link set eth0 up
 }
 
-in_namespace() {
-    local namespace=$1
-    shift
-    if [[ $(mode) == netns ]]; then exec ip netns exec "$namespace" "$@"; else exec "$@"; fi
-}
-
 start_node() { # start_node NODE ray-start-arguments…
     local node=$1 folder=$BED/n$1 log=$BED/n$1/log waited=0
     shift
-    [[ $(mode) == loopback ]] || plug_in "$node"
+    plug_in "$node"
     mkdir -p "$folder"
     cd "$folder"
     # shellcheck disable=SC2086 # the wrapper is a program and its arguments
-    (in_namespace "$NAME-$node" setsid env -u RAY_ADDRESS -u RAY_AUTH_TOKEN "${SETTINGS[@]}" \
-        MALARIA_RAY_NODE="$BED:$node" PYTHONPATH="${NODE_PYTHONPATH:+$NODE_PYTHONPATH:}$ROOT" RAY_USAGE_STATS_ENABLED=0 \
+    (exec ip netns exec "$NAME-$node" setsid env -u RAY_ADDRESS -u RAY_AUTH_TOKEN "${SETTINGS[@]}" \
+        PYTHONPATH="${NODE_PYTHONPATH:+$NODE_PYTHONPATH:}$ROOT" RAY_USAGE_STATS_ENABLED=0 \
         RAY_RAYLET_START_WAIT_TIME_S="$WAIT_S" ${NODE_WRAPPER:-} "$PYTHON" -m ray.scripts.scripts start --block \
         --node-ip-address="$(address_of "$node")" --object-store-memory=$((OBJECT_STORE_MB * 1000000)) \
         --dashboard-agent-listen-port=$((52400 + node)) --temp-dir="$folder/ray" "$@" >"$log" 2>&1 </dev/null &)
@@ -105,30 +97,22 @@ up() {
     [[ $n =~ ^[0-9]+$ ]] || fail "up '$n': give the number of workers"
     [[ ! -e $BED ]] || fail "$BED is there already; 'cluster/local.sh down' removes it"
     [[ -x $PYTHON ]] || fail "no Python at $PYTHON; run 'make setup' or set PYTHON"
+    if [[ $(id -u) != 0 ]] || ! command -v ip >/dev/null; then fail "network namespaces need root and iproute2"; fi
     mkdir -m 700 "$BED"
-    if [[ ${BED_MODE:-} != loopback && $(id -u) == 0 ]] && command -v ip >/dev/null && ip netns add "$NAME-probe" 2>/dev/null; then
-        ip netns delete "$NAME-probe"
-        echo netns >"$BED/mode"
-        make_network
-    else
-        echo loopback >"$BED/mode"
-    fi
+    make_network
     (umask 077 && "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$BED/token")
     # The head does no work: a job's driver and the cluster's own books are enough to lose.
     start_node 0 --head --port=6379 --num-cpus=0 --dashboard-host="$(address_of 0)" --dashboard-port=8265
     for ((node = 1; node <= n; node++)); do start_worker "$node"; done
-    echo "jobs and dashboard: http://$(address_of 0):8265 ($(mode)); try: cluster/local.sh run -- malaria-ray doctor"
+    echo "jobs and dashboard: http://$(address_of 0):8265; try: cluster/local.sh run -- malaria-ray doctor"
 }
 
 status() {
     local node link
-    echo "$BED: $(mode), http://$(address_of 0):8265"
+    echo "$BED: http://$(address_of 0):8265"
     for node in $(nodes); do
-        link=none
-        if [[ $(mode) == netns ]]; then
-            link=up
-            if ip -n "$NAME" link show "port$node" | grep -q 'state DOWN'; then link="cut"; fi
-        fi
+        link=up
+        if ip -n "$NAME" link show "port$node" | grep -q 'state DOWN'; then link="cut"; fi
         echo "node $node  $(address_of "$node")  $(pids_of "$node" | wc -l) processes  link $link"
     done
 }
@@ -136,9 +120,7 @@ status() {
 down() {
     local node namespace
     for node in $(nodes); do kill_node "$node"; done
-    if [[ $(mode) == netns ]]; then
-        for namespace in $(ip netns list | awk '{print $1}' | grep -xE "$NAME(-[0-9]+)?"); do ip netns delete "$namespace"; done
-    fi
+    for namespace in $(ip netns list | awk '{print $1}' | grep -xE "$NAME(-[0-9]+)?"); do ip netns delete "$namespace"; done
     rm -rf "$BED"
 }
 
@@ -158,13 +140,12 @@ kill-node)
     ;;
 cut-link | heal-link)
     check_node "$@"
-    [[ $(mode) == netns ]] || fail "there are no links to cut on loopback; run as root with iproute2"
     ip -n "$NAME" link set "port$1" "$([[ $command == cut-link ]] && echo down || echo up)"
     ;;
 run)
     [[ ${1:-} != -- ]] || shift
-    in_namespace "$NAME" env "${SETTINGS[@]}" PYTHONPATH="$ROOT" RAY_API_SERVER_ADDRESS="http://$(address_of 0):8265" "$@"
+    exec ip netns exec "$NAME" env "${SETTINGS[@]}" PYTHONPATH="$ROOT" RAY_API_SERVER_ADDRESS="http://$(address_of 0):8265" "$@"
     ;;
 down) down ;;
-*) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+*) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 esac
