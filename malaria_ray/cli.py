@@ -9,11 +9,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 
 from malaria_ray import __version__
-from malaria_ray.errors import MalariaRayError
+from malaria_ray.errors import ConfigError, MalariaRayError
 from malaria_ray.schema import RESEARCH_ONLY
 
 COMMANDS = {
@@ -27,14 +28,25 @@ COMMANDS = {
     "compare": "two or more results side by side, with paired intervals",
     "verify": "prove the invariants of a dataset or results directory",
     "schema": "print the data dictionary",
+    "submit": "any of these as a job on a cluster: malaria-ray submit -- screen …",
+    "jobs": "list the jobs of a cluster",
+    "doctor": "check a cluster: token, versions, storage, model, memory, clocks, devices",
+}
+
+_MODULES = {  # of the commands that are no stage
+    "demo": "malaria_ray.demo",
+    "submit": "malaria_ray.submit",
+    "jobs": "malaria_ray.joblist",
+    "doctor": "malaria_ray.doctor",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 1 failed, 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments  # what follows is a job's
+    debug = "--debug" in ours
+    arguments = [argument for argument in ours if argument != "--debug"] + arguments[len(ours) :]
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()
         return 0 if arguments else 2
@@ -66,18 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(command: str, arguments: list[str]) -> int:
+def parse(command: str, *arguments: str) -> Any:
+    """The config of a command. Raises: `ConfigError` where there is no such command; ends the process with 2 where a
+    flag is wrong.
+    """
     import tyro
 
-    stage = importlib.import_module("malaria_ray.demo" if command == "demo" else f"malaria_ray.stages.{command}")
-    config = tyro.cli(
-        stage.Config,
+    if command not in COMMANDS:
+        raise ConfigError(f"{command!r} is no command; allowed are {', '.join(COMMANDS)}")
+    return tyro.cli(
+        _module(command).Config,
         prog=f"malaria-ray {command}",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    stage.run(config)
-    return 0
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    return _module(command).run(parse(command, *arguments)) or 0
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(_MODULES.get(command, f"malaria_ray.stages.{command}"))
 
 
 def _configure_output(debug: bool) -> None:

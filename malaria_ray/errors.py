@@ -13,6 +13,7 @@
     ├── ModelError                  a model file is missing, of another image size, or disagrees with itself
     ├── QueryError                  SQL that DuckDB refuses, or asks for a table that is not there
     ├── TooManyBadImagesError       more of the archive is unusable than --max-bad-fraction allows
+    ├── ClusterError                no cluster answers, it refuses the token, or `doctor` found a fault
     └── InvariantError              `verify` found rows that are missing, doubled or changed
 
 `ReadError` and `ImageRefused` concern one file: stages turn them into a quarantine row and never let them end a run.
@@ -87,6 +88,10 @@ class QueryError(MalariaRayError):
 
 class TooManyBadImagesError(MalariaRayError):
     """More of the archive is unusable than --max-bad-fraction allows."""
+
+
+class ClusterError(MalariaRayError):
+    """No cluster answers, it refuses the token, or `doctor` found a fault."""
 
 
 class InvariantError(MalariaRayError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import malaria_ray
+from malaria_ray.runtime.facts import source_digest
 
-_PACKAGES = (
+PACKAGES = (
     "ray",
     "keras",
     "tensorflow",
@@ -30,11 +30,7 @@ _PACKAGES = (
 @cache
 def code_digest() -> str:
     """First 16 hex digits of the SHA-256 over the package's own source files, in order of their names."""
-    root = Path(malaria_ray.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return source_digest(Path(malaria_ray.__file__).parent)
 
 
 def provenance() -> dict[str, Any]:
@@ -46,7 +42,7 @@ def provenance() -> dict[str, Any]:
         "code_digest": code_digest(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 

@@ -1,0 +1,14 @@
+"""Results with labels → metrics and patients, intervals by bootstrap over patients.
+
+command:   ray job submit --working-dir . -- python jobs/evaluate.py RESULTS
+hardware:  one CPU
+time:      ??
+expected:  metrics/ and patients/ beside the predictions
+"""
+
+import sys
+
+from malaria_ray.stages import evaluate
+
+(results,) = sys.argv[1:]
+evaluate.run(evaluate.Config(results=results))

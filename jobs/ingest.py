@@ -1,0 +1,14 @@
+"""Archive → dataset of crops at 125 × 125.
+
+command:   ray job submit --working-dir . -- python jobs/ingest.py ARCHIVE DATASET
+hardware:  any CPU workers, one task a CPU
+time:      ?? (27,558 NIH images)
+expected:  27,558 files, each in the manifest once; ?? in quarantine
+"""
+
+import sys
+
+from malaria_ray.stages import ingest
+
+archive, dataset = sys.argv[1:]
+ingest.run(ingest.Config(archive=archive, dataset=dataset))

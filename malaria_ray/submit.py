@@ -1,0 +1,82 @@
+"""submit: any sub-command as a job on a cluster, its log followed, its exit status returned."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from malaria_ray.errors import ConfigError
+from malaria_ray.runtime import jobs
+
+log = logging.getLogger("malaria_ray")
+
+_NOT_SUBMITTED = ("submit", "jobs", "demo")
+_PATHS = ("archive", "dataset", "run", "source", "results", "directory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Runs a sub-command as a Ray job: malaria-ray submit -- screen s3://cells/slides s3://cells/results --model …"""
+
+    command: Positional[tuple[str, ...]]
+    """After `--`: the sub-command and its flags. Paths are absolute, or URLs, as every node sees them."""
+    address: str | None = None
+    """http address of the cluster's dashboard; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS or this machine."""
+    submission_id: str | None = None
+    """Name of the job: submitted again under the same name it is joined, not started a second time."""
+    working_dir: Path | None = None
+    """Tree that the job runs from, by default the one here if it holds the package; what .gitignore names is left."""
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise ConfigError("no sub-command; write it after two dashes: malaria-ray submit -- screen …")
+        if self.command[0] in _NOT_SUBMITTED:
+            raise ConfigError(f"'{self.command[0]}' is not run on a cluster; submit a stage, as 'screen'")
+        if self.submission_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.submission_id):
+            raise ConfigError(
+                f"--submission-id {self.submission_id!r}: allowed are letters, digits and . _ -, at most 100"
+            )
+
+
+def run(config: Config) -> int:
+    """Submits or joins; Ctrl-C stops the job. Returns the job's exit status."""
+    from malaria_ray.cli import parse  # the command knows every stage's flags: a wrong one is told before the upload
+
+    _check_paths(config.command[0], parse(*(part for part in config.command if part != "--debug")))
+    client = jobs.connect(config.address)
+    job_id, is_new = jobs.submit_or_join(
+        client,
+        jobs.entrypoint(config.command),
+        submission_id=config.submission_id,
+        working_dir=config.working_dir or _tree_here(),
+    )
+    log.info("%s %s at %s", "submitted" if is_new else "joined", job_id, client.get_address())
+    try:
+        status = jobs.follow(client, job_id)
+    except KeyboardInterrupt:
+        log.info("stopping %s …", job_id)
+        log.info("%s: %s", job_id, jobs.stop(client, job_id))
+        raise
+    log.info("%s ended with exit status %d", job_id, status)
+    return status
+
+
+def _tree_here() -> Path | None:
+    here = Path.cwd()
+    return here if (here / "malaria_ray" / "__init__.py").exists() else None
+
+
+def _check_paths(command: str, config: Any) -> None:
+    names = (*_PATHS, "model") if command == "screen" else _PATHS
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, str) and not (value.startswith("/") or "://" in value or value == "nih"):
+            raise ConfigError(
+                f"{name} {value!r} is relative: on the cluster it would lie in the job's own folder, which is deleted "
+                "with the job; give an absolute path or URL that every node sees"
+            )

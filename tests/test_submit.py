@@ -1,0 +1,59 @@
+"""What `submit` refuses before anything is sent; what happens on a cluster: tests/cluster/test_jobs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from servers import closed_url
+
+from malaria_ray.cli import main
+from malaria_ray.runtime.jobs import entrypoint
+
+NOBODY = ["--address", closed_url()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--", "screen", "a.zip", "/r", "--model", "/run"], 1, "source 'a.zip' is relative"),
+        (["--", "screen", "/a.zip", "r", "--model", "/run"], 1, "results 'r' is relative"),
+        (["--", "screen", "/a.zip", "/r", "--model", "run"], 1, "model 'run' is relative"),
+        (["--", "screens", "/a.zip"], 1, "'screens' is no command"),
+        (["--", "demo"], 1, "'demo' is not run on a cluster"),
+        (["--", "submit", "--", "schema"], 1, "'submit' is not run on a cluster"),
+        (["--submission-id", "a b", "--", "schema"], 1, "--submission-id 'a b': allowed are"),
+        (["--", "ingest", "/a.zip", "/d", "--image-size", "1"], 1, "--image-size 1: allowed are"),
+        (["--", "ingest", "s3://b/a.zip", "/d"], 1, "no cluster answers at"),
+        (["--", "ingest", "nih", "/d", "--debug"], 1, "no cluster answers at"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(
+    arguments: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["submit", *NOBODY, *arguments]) == status
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot be read"), ("", "is empty")])
+def test_a_token_file_without_a_token_is_told_before_ray_ends_the_process(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    if content is not None:
+        (tmp_path / "token").write_text(content)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert main(["jobs", *NOBODY]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_wrong_flag_of_the_sub_command_is_wrong_usage():
+    with pytest.raises(SystemExit) as ended:
+        main(["submit", *NOBODY, "--", "screen", "/a.zip", "/r", "--model", "/run", "--bach-size", "3"])
+    assert ended.value.code == 2
+
+
+def test_a_path_with_spaces_or_quotes_reaches_the_job_as_it_is():
+    assert entrypoint(["verify", "/data/it's here"]) == "python -m malaria_ray verify '/data/it'\"'\"'s here'"
