@@ -126,7 +126,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _print_help() -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"malaria-ray {__version__}: red-blood-cell images with Ray. {RESEARCH_ONLY}\n")
     console.print("usage: malaria-ray COMMAND … [--debug]      malaria-ray COMMAND --help\n", markup=False)
     for name, meaning in COMMANDS.items():
