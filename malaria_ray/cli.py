@@ -90,7 +90,7 @@ def parse(command: str, *arguments: str) -> Any:
         _module(command).Config,
         prog=f"malaria-ray {command}",
         args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName),
     )
 
 

@@ -33,7 +33,7 @@ def malaria_ray(*arguments: str, **environment: str) -> subprocess.CompletedProc
         (["schema", "predictions"], 0, "P(parasitized)"),
         ([], 2, "usage"),
         (["inject"], 2, "'inject' is no command; allowed are demo, ingest"),
-        (["ingest", "only-one-path"], 2, "dataset"),
+        (["ingest", "only-one-path"], 2, "DATASET"),
         (["ingest", "a", "b", "--image-sise", "125"], 2, "--image-sise"),
         (["train", "a", "b", "--model", "resnet"], 2, "resnet"),
     ],
@@ -56,7 +56,7 @@ def test_help_and_usage(arguments: list[str], status: int, says: str):
         (["evaluate", "/"], "/ was not made by 'malaria-ray screen'"),
         (["verify", "/no/such"], "is no dataset, run or results directory"),
         (["schema", "unknown"], "'unknown' is no table; allowed are manifest"),
-        (["ingest", "nowhere://x", "out"], "nowhere://x: Protocol not known: nowhere; allowed are"),
+        (["ingest", "nowhere://x", "out"], "nowhere://x: Unsupported filesystem: 'nowhere'; allowed are"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -90,4 +90,4 @@ def test_the_demo_runs_the_whole_line_and_a_second_time_does_nothing(tmp_path: P
     assert set(metrics["split"]) == {"test"}
     again = malaria_ray("demo", str(tmp_path / "demo"), "--epochs", "1")
     assert again.returncode == 0
-    assert again.stderr.count("nothing to do") == 4
+    assert again.stderr.count("nothing to do") == 5
