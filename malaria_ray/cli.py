@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(
-            f"malaria-ray {command}: {type(error).__name__}: {_one_line(error)} (--debug shows where)",
+            f"malaria-ray {command}: {_unexpected(error)}; --debug shows where",
             file=sys.stderr,
         )
         return 1
