@@ -1,4 +1,4 @@
-# make setup   a virtual environment from the lock        make demo    the whole line on synthetic cells, about 3 minutes
+# make setup   a virtual environment from the lock        make demo    the whole line on synthetic cells, some minutes
 # make test    lint, types and all quick tests            make bench   side-by-side measurements (minutes)
 PYTHON ?= python3
 BIN := .venv/bin
