@@ -37,7 +37,7 @@ lock:
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	    --no-emit-find-links --no-annotate --extra cpu --extra test pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-	    --no-emit-find-links --no-annotate --extra gpu --extra s3 --extra gcs pyproject.toml -o requirements-gpu.lock
+	    --no-emit-find-links --no-annotate --extra gpu --extra s3 --extra gcs --extra iceberg pyproject.toml -o requirements-gpu.lock
 
 clean:
 	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
