@@ -29,7 +29,9 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
+# Daft, the strongest peer, asks for an older pyarrow than it runs with (26.0.1, measured): without its dependencies.
 bench: setup
+	$(BIN)/python -m pip install -qq --require-hashes --no-deps -r tests/benchmarks/requirements.lock
 	$(BIN)/python -m tests.benchmarks
 
 # uv is only needed by whoever changes the dependencies: pip install uv
@@ -38,6 +40,8 @@ lock:
 	    --no-emit-find-links --no-annotate --extra cpu --extra test pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	    --no-emit-find-links --no-annotate --extra gpu --extra s3 --extra gcs --extra iceberg pyproject.toml -o requirements-gpu.lock
+	echo daft | uv pip compile -q --no-deps --universal --python-version 3.11 --generate-hashes --no-header \
+	    --no-emit-index-url --no-emit-find-links --no-annotate - -o tests/benchmarks/requirements.lock
 
 clean:
 	rm -rf .venv demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
