@@ -31,7 +31,7 @@ from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine
-from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
@@ -70,6 +70,12 @@ class Config:
     """Scoring processes; by default one for each CPU of the cluster."""
     max_bad_fraction: float = 0.5
     """Fail when more than this share of the files ends in quarantine."""
+    table_format: Literal["parquet", "iceberg"] = "parquet"
+    """iceberg: the predictions also as rows of an Iceberg table, in place of those of the same run and image."""
+    iceberg_catalog: str | None = None
+    """Catalog of pyiceberg's configuration (~/.pyiceberg.yaml); by default one in RESULTS/iceberg."""
+    iceberg_table: str = iceberg.DEFAULT_TABLE
+    """Its namespace and name."""
     overwrite: bool = False
     """Delete the results first if they are there."""
 
@@ -101,6 +107,8 @@ def run(config: Config) -> None:
     """
     begun = time.monotonic()
     results, run_path = storage.locate(config.results), storage.locate(config.model)
+    if config.table_format == "iceberg":
+        iceberg.check_iceberg(results, config.iceberg_catalog, config.iceberg_table)
     trained = outputs.check_complete(run_path, "train")
     archive = open_archive(config.source)
     if isinstance(archive, DatasetArchive) and archive.image_size != trained["image_size"]:
@@ -124,6 +132,7 @@ def run(config: Config) -> None:
     }
     if not outputs.prepare(results, stage="screen", config=config, identity=identity, overwrite=config.overwrite):
         log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
+        _write_iceberg(config, results)
         _print_summary(storage.read_json(results / outputs.SUCCESS))
         return
 
@@ -154,6 +163,7 @@ def run(config: Config) -> None:
     files |= _copy_run(run_path, results)
     counts = _counts(rows)
     _check_bad_fraction(counts, results, config.max_bad_fraction)
+    _write_iceberg(config, results)
     outputs.finish(
         results,
         counts=counts,
@@ -334,6 +344,12 @@ def _publish(rows: pa.Table, results: UPath) -> dict[str, FileRecord]:
             name = f"{folder}/{storage.part_name(index)}"
             files[name] = storage.write_table(results / name, part)
     return files
+
+
+def _write_iceberg(config: Config, results: UPath) -> None:
+    """Also where the results were finished before: rows that are there already stay as they are."""
+    if config.table_format == "iceberg":
+        iceberg.upsert_predictions(results, catalog=config.iceberg_catalog, table=config.iceberg_table)
 
 
 def _copy_run(run_path: UPath, results: UPath) -> dict[str, FileRecord]:
