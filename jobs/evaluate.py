@@ -3,7 +3,7 @@
 command:   ray job submit --working-dir . -- python jobs/evaluate.py RESULTS
 hardware:  one CPU
 time:      ??
-expected:  metrics/ and patients/ beside the predictions
+result:    metrics/ and patients/ beside the predictions
 """
 
 import sys

@@ -3,7 +3,7 @@
 command:   ray job submit --working-dir . -- python jobs/ingest.py ARCHIVE DATASET
 hardware:  any CPU workers, one task a CPU
 time:      ?? (27,558 NIH images)
-expected:  27,558 files, each in the manifest once; ?? in quarantine
+result:    27,558 files, each in the manifest once; ?? in quarantine
 """
 
 import sys

@@ -3,7 +3,7 @@
 command:   ray job submit --working-dir . -- python jobs/screen.py ARCHIVE RESULTS RUN
 hardware:  any CPU workers, one scoring actor a CPU
 time:      ??
-expected:  rows found = predictions + quarantine, by 'malaria-ray verify RESULTS'
+result:    rows found = predictions + quarantine, by 'malaria-ray verify RESULTS'
 """
 
 import sys

@@ -3,7 +3,7 @@
 command:   ray job submit --working-dir . -- python jobs/train_cnn_by_image.py DATASET RUN
 hardware:  one worker with all CPUs of a node, or its GPU
 time:      ??
-expected:  test accuracy ?? (the article: 94.97 %)
+result:    test accuracy ?? (the article: 94.97 %)
 """
 
 import sys

@@ -3,7 +3,7 @@
 command:   ray job submit --working-dir . -- python jobs/train_cnn_by_patient.py DATASET RUN
 hardware:  one worker with all CPUs of a node, or its GPU
 time:      ??
-expected:  test accuracy ?? (published by patient, other models: 95.9 %)
+result:    test accuracy ?? (published by patient, other models: 95.9 %)
 """
 
 import sys

@@ -213,7 +213,7 @@ def test_a_private_ca_makes_certificates_that_hold(tmp_path: Path):
 def test_a_job_is_a_page_of_the_lab_notebook_and_runs_one_stage(job: Path, monkeypatch: pytest.MonkeyPatch):
     tree = ast.parse(job.read_text())
     header = ast.get_docstring(tree) or ""
-    assert [line.split(":")[0] for line in header.splitlines()[2:]] == ["command", "hardware", "time", "expected"]
+    assert [line.split(":")[0] for line in header.splitlines()[2:]] == ["command", "hardware", "time", "result"]
     [stage] = [n.names[0].name for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "malaria_ray.stages"]
     configs: list[Any] = []
     monkeypatch.setattr(import_module(f"malaria_ray.stages.{stage}"), "run", configs.append)

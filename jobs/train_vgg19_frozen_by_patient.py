@@ -1,0 +1,14 @@
+"""A head on VGG-19's features, split by patient.
+
+command:   ray job submit --working-dir . -- python jobs/train_vgg19_frozen_by_patient.py DATASET RUN WEIGHTS
+hardware:  any CPU workers for the features, once for each dataset; then one worker
+time:      ??
+result:    test accuracy ?? (published by patient, other models: 95.9 %)
+"""
+
+import sys
+
+from malaria_ray.stages import train
+
+dataset, run, weights = sys.argv[1:]
+train.run(train.Config(dataset=dataset, run=run, model="vgg19-frozen", weights=weights, split_by="patient", seed=42))
