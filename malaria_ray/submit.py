@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class Config:
     """Name of the job: submitted again under the same name it is joined, not started a second time."""
     working_dir: Path | None = None
     """Tree that the job runs from, by default the one here if it holds the package; what .gitignore names is left."""
+    extras: tuple[str, ...] = ()
+    """Extras of the tree's pyproject.toml that nodes lack, as s3: installed for this job, at the lock's versions."""
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -48,12 +51,15 @@ def run(config: Config) -> int:
     from malaria_ray.cli import parse  # the command knows every stage's flags: a wrong one is told before the upload
 
     _check_paths(config.command[0], parse(*(part for part in config.command if part != "--debug")))
+    tree = config.working_dir or _tree_here()
+    packages = packages_of(tree, config.extras)
     client = jobs.connect(config.address)
     job_id, is_new = jobs.submit_or_join(
         client,
         jobs.entrypoint(config.command),
         submission_id=config.submission_id,
-        working_dir=config.working_dir or _tree_here(),
+        working_dir=tree,
+        packages=packages,
     )
     log.info("%s %s at %s", "submitted" if is_new else "joined", job_id, client.get_address())
     try:
@@ -64,6 +70,32 @@ def run(config: Config) -> int:
         raise
     log.info("%s ended with exit status %d", job_id, status)
     return status
+
+
+def packages_of(tree: Path | None, extras: tuple[str, ...]) -> list[str]:
+    """The packages of a tree's extras, each at the version of its locks: ['s3fs==2026.9.0'].
+
+    Raises: `ConfigError` where there is no tree, no such extra, or a package of it is not in the lock.
+    """
+    if not extras:
+        return []
+    if tree is None:
+        raise ConfigError("--extras are read from pyproject.toml: submit from the tree, or give --working-dir")
+    try:
+        known = tomllib.loads((tree / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        lock = "".join((tree / name).read_text() for name in ("requirements-gpu.lock", "requirements.lock"))
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--extras: {tree} has no pyproject.toml with extras, or no lock ({error})") from error
+    pinned = dict(re.findall(r"^([a-z0-9._-]+)==([^ ;]+)", lock, re.MULTILINE))
+    found = []
+    for extra in extras:
+        if extra not in known:
+            raise ConfigError(f"--extras {extra}: allowed are {', '.join(known)}")
+        for name, inner in re.findall(r"^([a-z0-9-]+)(\[.*\])?", "\n".join(known[extra]), re.MULTILINE):
+            if name not in pinned:
+                raise ConfigError(f"--extras {extra}: {name} is in no lock; install it on the nodes")
+            found.append(f"{name}{inner}=={pinned[name]}")
+    return found
 
 
 def _tree_here() -> Path | None:

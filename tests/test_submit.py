@@ -8,7 +8,9 @@ import pytest
 from servers import closed_url
 
 from malaria_ray.cli import main
+from malaria_ray.errors import ConfigError
 from malaria_ray.runtime.jobs import entrypoint
+from malaria_ray.submit import packages_of
 
 NOBODY = ["--address", closed_url()]
 
@@ -57,3 +59,28 @@ def test_a_wrong_flag_of_the_sub_command_is_wrong_usage():
 
 def test_a_path_with_spaces_or_quotes_reaches_the_job_as_it_is():
     assert entrypoint(["verify", "/data/it's here"]) == "python -m malaria_ray verify '/data/it'\"'\"'s here'"
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_extras_become_their_packages_at_the_locks_versions():
+    assert packages_of(ROOT, ()) == []
+    for extra, name in (("s3", "s3fs"), ("gcs", "gcsfs"), ("gpu", "tensorflow")):
+        package = packages_of(ROOT, (extra,))[0]
+        assert package.split("==")[0] == (name if extra != "gpu" else "tensorflow[and-cuda]")
+        assert f"\n{name}=={package.split('==')[1]} " in (ROOT / "requirements-gpu.lock").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tree", "extra", "said"),
+    [
+        (ROOT, "s4", "--extras s4: allowed are cpu, gpu, s3"),
+        (ROOT, "test", "malaria-ray is in no lock"),
+        (None, "s3", "submit from the tree"),
+        (ROOT / "tests", "s3", "no pyproject.toml"),
+    ],
+)
+def test_extras_that_cannot_be_had_are_told_before_anything_is_sent(tree: Path | None, extra: str, said: str):
+    with pytest.raises(ConfigError, match=said):
+        packages_of(tree, (extra,))

@@ -50,9 +50,10 @@ def entrypoint(arguments: Sequence[str]) -> str:
 
 
 def submit_or_join(
-    client: Any, command: str, *, submission_id: str | None, working_dir: Path | None
+    client: Any, command: str, *, submission_id: str | None, working_dir: Path | None, packages: Sequence[str] = ()
 ) -> tuple[str, bool]:
-    """(id, whether it is new). A job that has the id already is joined, in whatever state it is.
+    """(id, whether it is new). A job that has the id already is joined, in whatever state it is. `packages` are
+    installed on each node that the job comes to, for it alone.
 
     Raises: `ClusterError` where that job runs another command.
     """
@@ -61,6 +62,8 @@ def submit_or_join(
     runtime_env: dict[str, Any] = {}
     if working_dir is not None:
         runtime_env = {"working_dir": str(working_dir), "excludes": EXCLUDED}
+    if packages:
+        runtime_env["pip"] = list(packages)
     with _explained(client.get_address()):
         try:
             name: str = client.submit_job(entrypoint=command, submission_id=submission_id, runtime_env=runtime_env)
