@@ -371,16 +371,33 @@ LISTING = Table(
         Column(
             "method",
             pa.string(),
-            "how its bytes lie there: file, stored, deflate or crops; else what is unsupported",
+            "how its bytes lie there: file, stored, deflate, tar, parquet or crops; else what is unsupported",
         ),
         Column(
             "offset",
             pa.int64(),
-            "where its record begins in the container; its row where the method is crops",
+            "where its record begins in the container, its bytes where the method is tar; its row where it is parquet "
+            "or crops",
         ),
         Column("span", pa.int64(), "bytes from there to the next record", "byte"),
         Column("packed_bytes", pa.int64(), "size of its data as packed", "byte"),
         Column("crc32", pa.int64(), "checksum of the unpacked bytes by the archive; null where it gives none"),
+    ),
+)
+
+
+PACKED = Table(
+    "packed",
+    "one row per file of the archive that was packed, its encoded bytes with it",
+    (
+        IMAGE_ID,
+        LABEL,
+        PATIENT_ID,
+        N_BYTES,
+        CONTENT_DIGEST,
+        Column("status", pa.string(), "ok, or the reason for which the bytes could not be had"),
+        Column("detail", pa.string(), "what was found then, for people"),
+        Column("image", pa.binary(), "the encoded file as it was; null where status is not ok"),
     ),
 )
 
@@ -410,5 +427,6 @@ TABLES: dict[str, Table] = {
         REVIEW,
         LABEL_AUDIT,
         LISTING,
+        PACKED,
     )
 }

@@ -7,13 +7,19 @@ differs between kinds; reading needs the places alone, so any process can read a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import pyarrow as pa
+from upath import UPath
 
 from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import outputs, storage
+
+_ALLOWED = (
+    "an archive is a folder of images or shards, a .zip, .tar or .parquet file, or a directory made by "
+    "'malaria-ray ingest' or 'pack'"
+)
 
 
 class Archive(Protocol):
@@ -29,29 +35,38 @@ class Archive(Protocol):
 
 
 def open_archive(url: str) -> Archive:
-    """The archive at a local path or fsspec URL: a folder, a .zip, a dataset made by `ingest`, or `nih`.
+    """The archive at a local path or fsspec URL: a folder of images or shards, a .zip, .tar or .parquet, a dataset made
+    by `ingest`, what `pack` made, or `nih`.
 
     Raises: `ArchiveError` where nothing is there or its kind is unknown, `ConfigError` for an unknown protocol.
     """
     from malaria_ray.archives.datasets import DatasetArchive
     from malaria_ray.archives.folders import FolderArchive
     from malaria_ray.archives.nih import nih_archive
+    from malaria_ray.archives.parquets import PackedArchive, ParquetArchive
+    from malaria_ray.archives.tars import COMPRESSED, TarArchive
     from malaria_ray.archives.zips import ZipArchive
 
     if url == "nih":
         return nih_archive()
     path = storage.locate(url)
     name = path.name if storage.is_local(path) else path.name.partition("?")[0]  # a signed URL has more behind the name
-    if name.lower().endswith(".zip") and not (storage.is_local(path) and path.is_dir()):
-        return ZipArchive(path)
+    if not (path.is_dir() if storage.is_local(path) else url.endswith("/")):
+        for ending, kind in ((".zip", ZipArchive), (".tar", TarArchive), (".parquet", ParquetArchive)):
+            if name.lower().endswith(ending):
+                return kind(path)
+        if name.lower().endswith(COMPRESSED):
+            raise ArchiveError(
+                f"{url} is compressed as a whole: no part of it can be read without all before; unpack it to a folder "
+                "or a plain .tar (images are compressed already)"
+            )
     try:
         is_there, is_folder = path.exists(), path.is_dir()
     except Exception as error:  # object stores' clients raise kinds of their own, botocore's NoCredentialsError say
         raise ArchiveError(f"{url} cannot be looked at: {error}; check the address and your permissions") from error
     if not is_there:
-        raise ArchiveError(
-            f"{url} is not there; an archive is a folder, a .zip file or a dataset made by 'malaria-ray ingest'"
-        )
+        raise ArchiveError(f"{url} is not there; {_ALLOWED}")
     if not is_folder:
-        raise ArchiveError(f"{url} is a file of an unknown kind; allowed are folders, .zip files and datasets")
-    return DatasetArchive(path) if outputs.stage_of(path) == "ingest" else FolderArchive(path)
+        raise ArchiveError(f"{url} is a file of an unknown kind; {_ALLOWED}")
+    stages: dict[str | None, Callable[[UPath], Archive]] = {"ingest": DatasetArchive, "pack": PackedArchive}
+    return stages.get(outputs.stage_of(path), FolderArchive)(path)

@@ -1,22 +1,34 @@
-"""A folder of image files, on a disk or behind a URL that can be listed."""
+"""A folder of image files, of tar shards or of Parquet files, on a disk or behind a URL that can be listed."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pyarrow as pa
 from upath import UPath
 
+from malaria_ray.archives.parquets import is_parquet_of_images, parquet_places
+from malaria_ray.archives.tars import tar_places
 from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import storage
 
 _BATCH = 10_000
+_N_THREADS = 16  # folders listed and shards opened at a time: what is waited for is the disk or the network
 _KIND, _OTHER = {"file": "file", "directory": "a folder"}, "a pipe or device"
+
+_Row = tuple[str, int, str]  # name below the root, size, method
 
 
 class FolderArchive:
-    """All files below a folder; `image_id` is the path below it."""
+    """All files below a folder; `image_id` is the path below it.
+
+    A file named `….tar`, or `….parquet` with a column of encoded images, is a shard: its members or rows are listed in
+    its place, under their own names.
+    """
 
     def __init__(self, path: UPath):
         self.path = path
@@ -26,42 +38,75 @@ class FolderArchive:
         return {"archive": self.url}
 
     def places(self) -> Iterator[pa.Table]:
-        batch: list[tuple[str, int, str]] = []
-        for name, info in self._files():
-            method = self._method(info)
-            try:
-                name.encode()
-            except UnicodeEncodeError:  # a disk takes any bytes for a name, a table of strings does not
-                name, method = name.encode("utf-8", "backslashreplace").decode(), "a file whose name is not UTF-8"
-            batch.append((name, int(info.get("size") or 0), method))
-            if len(batch) == _BATCH:
-                yield self._table(batch)
-                batch = []
-        if batch:
-            yield self._table(batch)
+        folders, shards, rest = deque([self._root()]), deque[_Row](), list[_Row]()
+        running: set[Future[tuple[list[pa.Table], list[_Row], list[str], list[_Row]]]] = set()
+        with ThreadPoolExecutor(_N_THREADS) as pool:
+            while folders or shards or running:
+                while len(running) < 2 * _N_THREADS and (folders or shards):
+                    if shards:
+                        running.add(pool.submit(self._open_shard, shards.popleft()))
+                    else:
+                        running.add(pool.submit(self._list, folders.popleft()))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    tables, files, more_folders, more_shards = future.result()
+                    folders.extend(more_folders)
+                    shards.extend(more_shards)
+                    yield from tables
+                    rest += files
+                    while len(rest) >= _BATCH:
+                        yield self._table(rest[:_BATCH])
+                        del rest[:_BATCH]
+        if rest:
+            yield self._table(rest)
 
-    def _files(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(path below the root, what fsspec tells) of all that is no folder.
+    def _root(self) -> str:
+        return str(self.path.path).rstrip("/")
 
-        Raises: `ArchiveError` where a folder cannot be listed; `fs.walk` would leave out its files without a word.
+    def _list(self, folder: str) -> tuple[list[pa.Table], list[_Row], list[str], list[_Row]]:
+        """One folder, without those below it: whole batches of its files, the rest of them, its folders, its shards.
+
+        Raises: `ArchiveError` where it cannot be listed; `fs.walk` would leave out its files without a word.
         """
-        root = self.path.path.rstrip("/")
-        waiting = [root]
-        while waiting:
-            folder = waiting.pop()
-            try:
-                found = self.path.fs.ls(folder or "/", detail=True)
-            except Exception as error:  # object stores' clients raise kinds of their own
-                raise ArchiveError(f"{folder or '/'} cannot be listed: {error}; check that it can be read") from error
-            for info in found:
+        tables, files, folders, shards = list[pa.Table](), list[_Row](), list[str](), list[_Row]()
+        n_root = len(self._root())
+        try:
+            for info in self._entries(folder):
                 name: str = info["name"]
                 is_itself = name.rstrip("/") == folder.rstrip("/")
                 if info["type"] == "directory" and not is_itself:
-                    waiting.append(name.rstrip("/"))
+                    folders.append(name)
                     continue
-                is_marker = is_itself and info["type"] == "file" and not info.get("size")
-                if not is_marker:  # an object store's empty object that stands for the folder
-                    yield name[len(root) :].lstrip("/"), info
+                if is_itself and info["type"] == "file" and not info.get("size"):
+                    continue  # an object store's empty object that stands for the folder
+                row = self._row(name[n_root:].lstrip("/"), info)
+                (shards if _is_shard(row) else files).append(row)
+                if len(files) == _BATCH:
+                    tables.append(self._table(files))
+                    files = []
+        except Exception as error:  # object stores' clients raise kinds of their own
+            raise ArchiveError(f"{folder or '/'} cannot be listed: {error}; check that it can be read") from error
+        return tables, files, folders, shards
+
+    def _entries(self, folder: str) -> Iterator[dict[str, Any]]:
+        """What fsspec tells of each entry, without holding the whole folder where there is a way."""
+        fs = self.path.fs
+        if storage.is_local(self.path):
+            with os.scandir(folder or "/") as entries:
+                for entry in entries:
+                    yield fs.info(entry)
+        elif hasattr(fs, "call_s3"):
+            yield from _s3_entries(fs, folder)
+        else:
+            yield from fs.ls(folder or "/", detail=True)
+
+    def _row(self, name: str, info: dict[str, Any]) -> _Row:
+        method = self._method(info)
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # a disk takes any bytes for a name, a table of strings does not
+            name, method = name.encode("utf-8", "backslashreplace").decode(), "a file whose name is not UTF-8"
+        return name, int(info.get("size") or 0), method
 
     def _method(self, info: dict[str, Any]) -> str:
         """`file`, or what it is instead. Only `file` is ever opened: reading a pipe would wait for ever."""
@@ -73,7 +118,16 @@ class FolderArchive:
             return "a broken link"
         return "file" if target == "file" else f"a link to {_KIND.get(target, _OTHER)}"
 
-    def _table(self, batch: list[tuple[str, int, str]]) -> pa.Table:
+    def _open_shard(self, shard: _Row) -> tuple[list[pa.Table], list[_Row], list[str], list[_Row]]:
+        name = shard[0]
+        path = storage.locate(f"{storage.as_url(self.path).rstrip('/')}/{name}")
+        if name.endswith(".tar"):
+            return list(tar_places(path)), [], [], []
+        if is_parquet_of_images(path):
+            return list(parquet_places(path, name=name.removesuffix(".parquet"))), [], [], []
+        return [], [shard], [], []  # a table of something else: a row in quarantine like any file that is no image
+
+    def _table(self, batch: list[_Row]) -> pa.Table:
         names, sizes, methods = zip(*batch, strict=True)
         return pa.table(
             {
@@ -83,3 +137,22 @@ class FolderArchive:
                 "method": pa.array(methods, pa.string()),
             }
         )
+
+
+def _is_shard(row: _Row) -> bool:
+    name, _, method = row
+    return method == "file" and name.endswith((".tar", ".parquet"))
+
+
+def _s3_entries(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
+    """One prefix, a page of 1,000 keys at a time: `fs.ls` holds a dictionary of each key until the last has come."""
+    bucket, key, _ = fs.split_path(folder)
+    page: dict[str, Any] = {}
+    prefix = f"{key}/" if key else ""
+    while not page or page.get("IsTruncated"):
+        token = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **token)
+        for found in page.get("CommonPrefixes", ()):
+            yield {"name": f"{bucket}/{found['Prefix'].removesuffix('/')}", "type": "directory"}
+        for found in page.get("Contents", ()):
+            yield {"name": f"{bucket}/{found['Key']}", "type": "file", "size": found["Size"]}

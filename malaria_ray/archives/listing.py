@@ -12,10 +12,13 @@ import pyarrow.compute as pc
 from upath import UPath
 
 from malaria_ray.archives import Archive
-from malaria_ray.cells.patients import label_of, patient_of
+from malaria_ray.archives.datasets import DatasetArchive
+from malaria_ray.cells.patients import file_names, labels_of, patients_of
 from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
+
+_BATCH_ROWS = 100_000  # at a time, where columns are computed
 
 
 def list_archive(
@@ -26,14 +29,22 @@ def list_archive(
 ) -> pa.Table:
     """All files of an archive as a `schema.LISTING` table, ordered by place; `key` is the row number.
 
-    `patients` maps file names to patients and goes before the rule for names (`cells.patients.patient_of`).
-    Raises: `ArchiveError` where the archive is empty or has one name twice.
+    A patient is what `patients` (file names → patients) says, else what `pattern` finds in the path, else what the
+    archive itself holds beside the image, else the rule for names (`cells.patients.patient_of`). A label is what the
+    archive holds, else the folder's. A dataset knows both for certain. Only bounded pieces of the listing are ever
+    Python objects: a million files are some 300 MB (ARCHITECTURE.md).
+    Raises: `ArchiveError` where the archive is empty, has one name twice or contradicts itself about a label.
     """
-    tables = [_complete(places, patients or {}, pattern) for places in archive.places() if places.num_rows]
+    known = _mapping(patients or {})
+    is_certain = isinstance(archive, DatasetArchive)
+    tables = []
+    for places in archive.places():
+        for start in range(0, places.num_rows, _BATCH_ROWS):
+            tables.append(_complete(places.slice(start, _BATCH_ROWS), known, pattern, is_certain))
     if not tables:
         raise ArchiveError(f"{archive.url} holds no files; give an archive with images in it")
-    listing = pa.concat_tables(tables).combine_chunks()
-    listing = listing.sort_by([("container", "ascending"), ("offset", "ascending"), ("image_id", "ascending")])
+    listing = _in_order(pa.concat_tables(tables))
+    del tables
     _check_unique(listing, archive.url)
     return listing.set_column(0, "key", pa.array(np.arange(listing.num_rows)))
 
@@ -44,9 +55,12 @@ def listing_digest(listing: pa.Table) -> str:
     """
     digest = hashlib.sha256()
     for name in ("image_id", "n_bytes", "label", "patient_id"):
-        column = pc.fill_null(pc.cast(listing[name], pa.string()), "\x00")
-        for chunk in column.chunks:
-            digest.update("".join(f"{text}\x01" for text in chunk.to_pylist()).encode())
+        for start in range(0, listing.num_rows, _BATCH_ROWS):
+            column = listing[name].slice(start, _BATCH_ROWS).cast(pa.large_string()).combine_chunks()
+            empty, end = (pa.scalar(text, pa.large_string()) for text in ("", "\x01"))
+            ended = pc.binary_join_element_wise(pc.fill_null(column, "\x00"), empty, end)
+            for chunk in ended.chunks if isinstance(ended, pa.ChunkedArray) else [ended]:
+                digest.update(chunk.buffers()[2] or b"")
         digest.update(b"\x02")
     return digest.hexdigest()[:16]
 
@@ -74,24 +88,64 @@ def shards(listing: pa.Table, n_rows: int) -> Iterator[pa.Table]:
         yield listing.slice(start, n_rows)
 
 
-def _complete(places: pa.Table, patients: Mapping[str, str | None], pattern: re.Pattern[str] | None) -> pa.Table:
+def _mapping(patients: Mapping[str, str | None]) -> tuple[pa.Array, pa.Array]:
+    return pa.array(list(patients), pa.string()), pa.array(list(patients.values()), pa.string())
+
+
+def _complete(
+    places: pa.Table, known: tuple[pa.Array, pa.Array], pattern: re.Pattern[str] | None, is_certain: bool
+) -> pa.Table:
     """Adds the columns that the kind of archive does not know."""
-    image_ids: list[str] = places["image_id"].to_pylist()
+    image_ids = places["image_id"].combine_chunks()
     columns = {}
     for column in LISTING.columns:
-        if column.name in places.column_names:
-            columns[column.name] = places[column.name].cast(column.type)
+        given = places[column.name].cast(column.type) if column.name in places.column_names else None
+        if given is not None and (is_certain or column.name not in ("label", "patient_id")):
+            columns[column.name] = given
         elif column.name == "label":
-            columns["label"] = pa.array([label_of(image_id) for image_id in image_ids], pa.int8())
+            columns["label"] = _labels(image_ids, given)
         elif column.name == "patient_id":
-            known = (patients.get(image_id.rpartition("/")[2]) for image_id in image_ids)
-            columns["patient_id"] = pa.array(
-                [patient or patient_of(image_id, pattern) for patient, image_id in zip(known, image_ids, strict=True)],
-                pa.string(),
-            )
+            of_file = known[1].take(pc.index_in(file_names(image_ids), value_set=known[0]))
+            candidates = [of_file, *([patients_of(image_ids, pattern)] if pattern else [])]
+            candidates += [given] if given is not None else []
+            candidates += [] if pattern else [patients_of(image_ids)]
+            columns["patient_id"] = pc.coalesce(*candidates)
         else:
             columns[column.name] = pa.nulls(len(image_ids), column.type)
     return pa.table(columns, schema=LISTING.arrow_schema())
+
+
+def _labels(image_ids: pa.Array, given: pa.ChunkedArray | None) -> pa.Array | pa.ChunkedArray:
+    """The archive's labels, else the folders'. Raises: `ArchiveError` where the two contradict each other: then numbers
+    stand for other classes than here, and every metric would be upside down.
+    """
+    of_folder = labels_of(image_ids)
+    if given is None:
+        return of_folder
+    is_other = pc.fill_null(pc.not_equal(given, of_folder), False)
+    if pc.any(is_other).as_py():
+        row = pc.index(is_other, True).as_py()
+        raise ArchiveError(
+            f"{image_ids[row].as_py()!r} has the label {given[row].as_py()} beside it but lies in a folder that says "
+            f"{of_folder[row].as_py()}; here 0 is uninfected and 1 parasitized: write names instead of numbers"
+        )
+    return pc.coalesce(given, of_folder)
+
+
+def _in_order(listing: pa.Table) -> pa.Table:
+    """Ordered by container, offset and name, so that neighbours are read by one request; not copied where it is so."""
+    columns = ["container", "offset", "image_id"]
+    if pc.all(pc.equal(listing["container"], listing["container"][0])).as_py():
+        columns.remove("container")
+    if listing["offset"].null_count == listing.num_rows:
+        columns.remove("offset")
+    elif columns[0] == "offset" and _is_increasing(listing["offset"]):
+        return listing
+    return listing.sort_by([(name, "ascending") for name in columns])
+
+
+def _is_increasing(column: pa.ChunkedArray) -> bool:
+    return not column.null_count and bool((np.diff(column.to_numpy()) > 0).all())
 
 
 def _check_unique(listing: pa.Table, url: str) -> None:

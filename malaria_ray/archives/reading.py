@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from malaria_ray.archives.parquets import read_rows
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels, content_digest, decode, resize
 from malaria_ray.errors import ImageRefused, ReadError
@@ -25,6 +26,7 @@ MAX_FILE_BYTES = 512 * 1024**2
 
 _READ_BYTES = 32 * 1024**2  # files are read in groups of about this size, so memory does not grow with the shard
 _REQUEST_BYTES = 4 * 1024**2  # neighbours in one container are read by one request of up to this size
+_GAP_BYTES = 4096  # what lies between two members of a tar is read with them
 _WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try of a read that failed
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # another try would say the same
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -51,6 +53,7 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
     pixels = np.empty((n, image_size, image_size, 3), np.uint8)
     width, height = np.zeros(n, np.int32), np.zeros(n, np.int32)
     digests: list[str | None] = [None] * n
+    sizes: list[int | None] = [None] * n
     status = [OK] * n
     detail: list[str | None] = [None] * n
     n_ok = 0
@@ -58,7 +61,7 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
         try:
             if isinstance(data, ReadError):
                 raise data
-            digests[row] = content_digest(data)
+            digests[row], sizes[row] = content_digest(data), len(data)
             image = decode(data)
             pixels[n_ok] = resize(image, image_size)
             height[row], width[row] = image.shape[:2]
@@ -67,6 +70,7 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
             status[row], detail[row] = refusal.reason.value, refusal.detail
     bad = np.array([value != OK for value in status], bool)
     table = listing.select(["image_id", "label", "patient_id", "n_bytes"])
+    table = table.set_column(3, "n_bytes", pc.coalesce(table["n_bytes"], pa.array(sizes, pa.int64())))
     for name, column in (
         ("width", pa.array(width, mask=bad)),
         ("height", pa.array(height, mask=bad)),
@@ -86,7 +90,7 @@ def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:
     group: list[dict[str, Any]] = []
     group_bytes = 0
     for row in rows:
-        size = row["span"] or row["n_bytes"]
+        size = row["span"] or row["n_bytes"] or row["packed_bytes"] or 0
         if group and (row["container"] != group[0]["container"] or group_bytes + size > _READ_BYTES):
             yield from _read_group(group)
             group, group_bytes = [], 0
@@ -98,7 +102,10 @@ def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:
 
 def _read_group(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     readable = [row for row in rows if _refused_unread(row) is None]
-    loaded = iter(_load_files(readable) if rows[0]["offset"] is None else _load_members(readable))
+    if rows[0]["method"] == "parquet":
+        loaded = read_rows(rows[0]["container"], [row["offset"] for row in readable], waits_s=_WAITS_S)
+    else:
+        loaded = _load_files(readable) if rows[0]["offset"] is None else _load_members(readable)
     for row in rows:
         yield _refused_unread(row) or next(loaded)
 
@@ -108,10 +115,10 @@ def _refused_unread(row: dict[str, Any]) -> ReadError | None:
     method = row["method"]
     if method == "encrypted":
         return ReadError(Reason.ENCRYPTED, "the archive member is encrypted")
-    if method in ("file", "stored", "deflate"):
-        if max(row["n_bytes"], row["packed_bytes"] or 0) > MAX_FILE_BYTES:
+    if method in ("file", "stored", "deflate", "tar", "parquet"):
+        if max(row["n_bytes"] or 0, row["packed_bytes"] or 0) > MAX_FILE_BYTES:
             return ReadError(Reason.TOO_LARGE, f"{row['n_bytes']:,} bytes; at most {MAX_FILE_BYTES:,} are read")
-        if method != "file" and (row["offset"] < 0 or row["span"] < _LOCAL_HEADER.size):
+        if method in ("stored", "deflate") and (row["offset"] < 0 or row["span"] < _LOCAL_HEADER.size):
             return _not_there()
         return None
     if method.startswith("zip method"):
@@ -131,16 +138,19 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
 
 
 def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
-    """Members of one zip: neighbours are fetched by one request, then cut apart."""
+    """Members of one zip or tar: neighbours are fetched by one request, then cut apart."""
     if not rows:
         return
     container = storage.locate(rows[0]["container"])
-    requests = _requests([(row["offset"], row["offset"] + row["span"]) for row in rows])
+    requests = _requests([(row["offset"], row["offset"] + row["span"]) for row in rows if row["span"]])
     starts, ends = [start for start, _ in requests], [end for _, end in requests]
     fetched = _fetch(container.fs, [container.path] * len(requests), starts, ends)
     held = -1
     for row in rows:
         start, end = row["offset"], row["offset"] + row["span"]
+        if start == end:
+            yield b""
+            continue
         held = next(i for i in range(max(held, 0), len(requests)) if requests[i][0] <= start and end <= requests[i][1])
         data = fetched[held]
         if not isinstance(data, bytes):
@@ -177,10 +187,10 @@ def _fetch(
 
 
 def _requests(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Joins ranges, ordered by start, that touch, up to `_REQUEST_BYTES` a request."""
+    """Joins ranges, ordered by start, that touch or nearly so, up to `_REQUEST_BYTES` a request."""
     joined: list[tuple[int, int]] = []
     for start, end in ranges:
-        if joined and start == joined[-1][1] and end - joined[-1][0] <= _REQUEST_BYTES:
+        if joined and 0 <= start - joined[-1][1] <= _GAP_BYTES and end - joined[-1][0] <= _REQUEST_BYTES:
             joined[-1] = (joined[-1][0], end)
         else:
             joined.append((start, end))
@@ -188,7 +198,11 @@ def _requests(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _unpack(record: bytes, row: dict[str, Any]) -> bytes:
-    """The unpacked bytes of one zip member; `record` begins at its local header."""
+    """The unpacked bytes of one member; `record` begins at a zip's local header, at a tar member's bytes."""
+    if row["method"] == "tar":
+        if len(record) < row["span"]:
+            raise ReadError(Reason.CORRUPT, "the tar ends before the member does")
+        return record
     if len(record) < row["span"] or len(record) < _LOCAL_HEADER.size or record[:4] != b"PK\x03\x04":
         raise _not_there()
     *_, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(record)

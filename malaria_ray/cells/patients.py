@@ -8,11 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from malaria_ray.errors import PatientMappingError
 from malaria_ray.schema import Label
 
 _PATIENT = re.compile(r"C\d+[A-Za-z]?(P\d+)")
 _DONOR = re.compile(r"C\d+")
+_DONOR_OR_PATIENT = r"^(?P<donor>C\p{Nd}+)(?:[A-Za-z]?(?P<patient>P\p{Nd}+))?"  # both at once, as Arrow writes it
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _LABEL_OF_FOLDER = {label.name: label for label in Label}
 
@@ -30,6 +34,27 @@ def patient_of(name: str, pattern: re.Pattern[str] | None = None) -> str | None:
     if found := _PATIENT.match(name):
         return found.group(1)
     return found.group(0) if (found := _DONOR.match(name)) else None
+
+
+def patients_of(image_ids: pa.Array, pattern: re.Pattern[str] | None = None) -> pa.Array:
+    """`patient_of` of a whole column, strings in, strings out. Only a `pattern` makes Python objects."""
+    if pattern is not None:
+        return pa.array([patient_of(image_id, pattern) for image_id in image_ids.to_pylist()], pa.string())
+    found = pc.extract_regex(file_names(image_ids), _DONOR_OR_PATIENT)
+    donor, patient = pc.struct_field(found, "donor"), pc.struct_field(found, "patient")
+    return pc.if_else(pc.equal(patient, ""), donor, patient)
+
+
+def labels_of(image_ids: pa.Array) -> pa.Array:
+    """`label_of` of a whole column, strings in, int8 out; each folder is looked at once, not each name."""
+    folders = pc.replace_substring_regex(image_ids, r"[^/]*$", "").dictionary_encode()
+    labels = pa.array([label_of(folder) for folder in folders.dictionary.to_pylist()], pa.int8())
+    return labels.take(folders.indices)
+
+
+def file_names(image_ids: pa.Array) -> pa.Array:
+    """What stands behind the last `/` of each."""
+    return pc.replace_substring_regex(image_ids, r"^(?s:.*)/", "")
 
 
 def compiled_pattern(expression: str) -> re.Pattern[str]:

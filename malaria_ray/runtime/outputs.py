@@ -24,7 +24,7 @@ from malaria_ray.runtime.storage import FileRecord
 
 SUCCESS = "_SUCCESS.json"
 WORK = "_work"
-_CONFIG_FILE = {"ingest": "config.json", "train": "config.json", "screen": "run.json"}
+_CONFIG_FILE = {"ingest": "config.json", "pack": "config.json", "train": "config.json", "screen": "run.json"}
 
 
 def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], overwrite: bool) -> bool:

@@ -225,10 +225,13 @@ def test_file_that_may_not_be_read_is_unreadable(nobody: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda folder: None, "is not there; an archive is a folder, a .zip file or a dataset"),
+        (lambda folder: None, "is not there; an archive is a folder of images or shards, a .zip"),
         (lambda folder: folder.mkdir(), "holds no files; give an archive with images in it"),
         (lambda folder: (folder / "only" / "folders").mkdir(parents=True), "holds no files"),
-        (lambda folder: folder.write_bytes(b"x"), "is a file of an unknown kind; allowed are folders, .zip"),
+        (
+            lambda folder: folder.write_bytes(b"x"),
+            "is a file of an unknown kind; an archive is a folder of images or shards, a .zip",
+        ),
     ],
 )
 def test_what_is_no_archive_is_refused_with_what_is(tmp_path: Path, make, said: str) -> None:

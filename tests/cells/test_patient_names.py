@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from malaria_ray.cells.patients import compiled_pattern, label_of, parse_mapping, patient_of
+from malaria_ray.cells.patients import compiled_pattern, label_of, labels_of, parse_mapping, patient_of, patients_of
 from malaria_ray.errors import PatientMappingError
 from malaria_ray.schema import Label
 
@@ -41,6 +42,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 )
 def test_patient_of_a_name(name: str, patient: str | None) -> None:
     assert patient_of(name) == patient
+    assert patients_of(pa.array([name])).to_pylist() == [patient]
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,4 @@ def test_official_mappings_name_10678_images_of_81_patients() -> None:
 )
 def test_label_is_the_nearest_folders(image_id: str, label: Label | None) -> None:
     assert label_of(image_id) is label
+    assert labels_of(pa.array([image_id])).to_pylist() == [label]

@@ -1,0 +1,299 @@
+"""Parquet files of encoded images, one a row: listed from their small columns, read row group by row group.
+
+The image is the column `image` or `bytes`: binary, or a struct with the fields `bytes` and `path` as Hugging Face
+datasets have it. The name is the column `image_id`, `path` or `file_name`, else the struct's `path`, else the file's
+name and the row's number. `label` (numbers, names, or Hugging Face's ClassLabel) and `patient_id` are taken where they
+are there. In what `pack` wrote, rows whose `status` is not `ok` keep their reason, and bytes are compared with their
+`content_digest`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from upath import UPath
+
+from malaria_ray.archives import containers
+from malaria_ray.archives.labels import label_number
+from malaria_ray.cells.images import content_digest
+from malaria_ray.errors import ArchiveError, ReadError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.schema import OK, PACKED, Reason
+
+T = TypeVar("T")
+
+_BATCH = 10_000
+_ROWS_AT_A_TIME = 128  # of images
+_BUFFER_BYTES = 4 * 1024**2  # a column is read in pieces of this size, however large its row group is
+_IMAGE_COLUMNS, _NAME_COLUMNS = ("image", "bytes"), ("image_id", "path", "file_name")
+
+
+class ParquetArchive:
+    """All rows of one Parquet file."""
+
+    def __init__(self, path: UPath):
+        self.path = path
+        self.url = str(path)
+
+    def identity(self) -> dict[str, Any]:
+        return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
+
+    def places(self) -> Iterator[pa.Table]:
+        return parquet_places(self.path, name=self.path.name.removesuffix(".parquet"))
+
+
+class PackedArchive:
+    """What `malaria-ray pack` made. Raises: `NotCompleteError` where it has no `_SUCCESS.json`."""
+
+    def __init__(self, path: UPath):
+        self.path = path
+        self.url = str(path)
+        self.success = outputs.check_complete(path, "pack")
+
+    def identity(self) -> dict[str, Any]:
+        return {"archive": self.url, "packed_digest": self.success["packed_digest"]}
+
+    def places(self) -> Iterator[pa.Table]:
+        for part in storage.parts(self.path / "images"):
+            yield from parquet_places(part, name=part.name)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where in a file what stands; `image` and `name` may be fields of a struct, as `image.bytes`."""
+
+    image: str
+    name: str | None
+    label: str | None
+    patient_id: str | None
+    n_bytes: str | None
+    label_names: tuple[str, ...] | None
+
+
+def is_parquet_of_images(path: UPath) -> bool:
+    """Whether it is Parquet with a column of encoded images. Raises: `ArchiveError` where it cannot be opened."""
+    try:
+        with containers.opened(path) as file:
+            return _image_column(pq.read_schema(file)) is not None
+    except ArchiveError as error:
+        if isinstance(error.__cause__, pa.ArrowInvalid):
+            return False
+        raise
+
+
+def parquet_places(path: UPath, *, name: str) -> Iterator[pa.Table]:
+    """The rows of one file, a bounded number at a time, without reading an image. `name` begins the names of rows that
+    have none.
+    """
+    try:
+        with containers.opened(path) as file:
+            yield from _places(pq.ParquetFile(file), path, name)
+    except ArchiveError as error:
+        if isinstance(error.__cause__, pa.ArrowInvalid):
+            raise ArchiveError(f"{path} is no complete Parquet file: {error.__cause__}; fetch it again") from error
+        raise
+
+
+def _places(parquet: pq.ParquetFile, path: UPath, name: str) -> Iterator[pa.Table]:
+    columns = _columns(parquet.schema_arrow, path)
+    wanted = [columns.name, columns.label, columns.patient_id, columns.n_bytes]
+    read = [column for column in wanted if column]
+    n_rows, row = parquet.metadata.num_rows, 0
+    estimate = _bytes_a_row(parquet, columns.image)
+    url = storage.as_url(path)
+    while row < n_rows and not read:
+        n = min(_BATCH, n_rows - row)
+        yield _table(url, row, n, None, estimate, name)
+        row += n
+    if not read:
+        return
+    for batch in parquet.iter_batches(batch_size=_BATCH, columns=read, use_threads=False):
+        table = _table(url, row, batch.num_rows, _of(batch, columns.name) if columns.name else None, estimate, name)
+        if columns.n_bytes:
+            table = table.append_column("n_bytes", _of(batch, columns.n_bytes).cast(pa.int64()))
+        if columns.label:
+            table = table.append_column("label", _labels(_of(batch, columns.label), columns.label_names, path))
+        if columns.patient_id:
+            table = table.append_column("patient_id", _of(batch, columns.patient_id).cast(pa.string()))
+        yield table
+        row += batch.num_rows
+
+
+def _table(url: str, first: int, n: int, names: pa.Array | None, estimate: int, name: str) -> pa.Table:
+    rows = np.arange(first, first + n)
+    if names is None or names.null_count:
+        numbered = pa.array([f"{name}/{row:08d}" for row in rows], pa.string())
+        names = numbered if names is None else pc.coalesce(names, numbered)
+    return pa.table(
+        {
+            "image_id": names,
+            "container": pa.repeat(url, n),
+            "method": pa.repeat("parquet", n),
+            "offset": pa.array(rows, pa.int64()),
+            "packed_bytes": pa.repeat(pa.scalar(estimate, pa.int64()), n),
+        }
+    )
+
+
+def _columns(schema: pa.Schema, path: UPath) -> _Columns:
+    image = _image_column(schema)
+    if image is None:
+        raise ArchiveError(
+            f"{path} has no column of encoded images: found {', '.join(schema.names)[:200]}; allowed are a column "
+            "'image' or 'bytes' of binary or of struct<bytes, path> (crops of a dataset: give the dataset's directory)"
+        )
+    name = next((column for column in _NAME_COLUMNS if _is_text(schema, column)), None)
+    if name is None and image.endswith(".bytes"):
+        struct = schema.field(image.removesuffix(".bytes")).type
+        name = image.removesuffix("bytes") + "path" if struct.get_field_index("path") >= 0 else None
+    has = set(schema.names)
+    return _Columns(
+        image=image,
+        name=name,
+        label="label" if "label" in has else None,
+        patient_id="patient_id" if "patient_id" in has else None,
+        n_bytes="n_bytes" if "n_bytes" in has else None,
+        label_names=_label_names(schema),
+    )
+
+
+def _image_column(schema: pa.Schema) -> str | None:
+    for column in _IMAGE_COLUMNS:
+        if column not in schema.names:
+            continue
+        type_ = schema.field(column).type
+        if _is_bytes(type_):
+            return column
+        if (
+            pa.types.is_struct(type_)
+            and (at := type_.get_field_index("bytes")) >= 0
+            and _is_bytes(type_.field(at).type)
+        ):
+            return f"{column}.bytes"
+    return None
+
+
+def _is_bytes(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+def _is_text(schema: pa.Schema, column: str) -> bool:
+    if column not in schema.names:
+        return False
+    type_ = schema.field(column).type
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
+
+
+def _label_names(schema: pa.Schema) -> tuple[str, ...] | None:
+    """The names behind the numbers, where Hugging Face's datasets wrote them into the footer."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(features["label"]["names"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _of(batch: pa.RecordBatch, column: str) -> pa.Array:
+    outer, _, field = column.partition(".")
+    array = batch.column(outer)
+    return pc.struct_field(array, field) if field else array
+
+
+def _labels(column: pa.Array, names: tuple[str, ...] | None, path: UPath) -> pa.Array:
+    encoded = column.dictionary_encode() if not pa.types.is_dictionary(column.type) else column
+    values = encoded.dictionary.to_pylist()
+    if names is not None:
+        values = [names[value] if isinstance(value, int) and 0 <= value < len(names) else value for value in values]
+    numbers = [label_number(value, where=f"{path}: column label") for value in values]
+    return pa.array(numbers, pa.int8()).take(encoded.indices)
+
+
+def _bytes_a_row(parquet: pq.ParquetFile, image: str) -> int:
+    """Mean bytes of an image as packed, from the footer."""
+    metadata = parquet.metadata
+    if not metadata.num_rows:
+        return 0
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    at = paths.index(image)
+    groups = (metadata.row_group(i).column(at).total_compressed_size for i in range(metadata.num_row_groups))
+    return int(sum(groups) // metadata.num_rows)
+
+
+def read_rows(container: str, offsets: Sequence[int], *, waits_s: Sequence[float]) -> Iterator[bytes | ReadError]:
+    """The encoded bytes of rows of one file, in the order of `offsets`; a `ReadError` for each that cannot be had.
+
+    Of a row group only the wanted rows are kept. What fails is tried again after each of `waits_s`.
+    """
+    path = storage.locate(container)
+    metadata = _tried(lambda: _metadata(path), waits_s)
+    if isinstance(metadata, ReadError):
+        yield from (metadata for _ in offsets)
+        return
+    begins = np.cumsum([0, *(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))])
+    groups = (np.searchsorted(begins, offsets, side="right") - 1).tolist()
+    for group, run in itertools.groupby(zip(groups, offsets, strict=True), key=lambda pair: pair[0]):
+        wanted = [offset - int(begins[group]) for _, offset in run]
+        read = partial(_read_group, path, metadata, group, wanted)
+        found = _tried(read, waits_s)
+        yield from (found for _ in wanted) if isinstance(found, ReadError) else found
+
+
+def _tried(read: Callable[[], T], waits_s: Sequence[float]) -> T | ReadError:
+    """What `read` gives, or what its last try raised."""
+    for wait_s in (*waits_s, None):
+        try:
+            return read()
+        except Exception as error:  # storage's clients and Parquet's reader raise kinds of their own
+            if wait_s is None or isinstance(error, (FileNotFoundError, PermissionError, IndexError)):
+                return ReadError(Reason.UNREADABLE, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns")
+
+
+def _metadata(path: UPath) -> pq.FileMetaData:
+    with path.fs.open(path.path, "rb") as file:
+        return pq.read_metadata(file)
+
+
+def _read_group(path: UPath, metadata: pq.FileMetaData, group: int, wanted: list[int]) -> list[bytes | ReadError]:
+    """Rows of one row group by their numbers in it."""
+    held: dict[int, bytes | ReadError] = {}
+    needed, last, first = set(wanted), max(wanted), 0
+    with path.fs.open(path.path, "rb") as file:
+        # Buffered and not pre-buffered: some writers make one row group of a whole file.
+        parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        schema = parquet.schema_arrow
+        image = _columns(schema, path).image
+        is_packed = (schema.metadata or {}).get(b"malaria_ray.table") == PACKED.name.encode()
+        columns = [image, *(["status", "detail", "content_digest"] if is_packed else [])]
+        batches = parquet.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False)
+        for batch in batches:
+            images = _of(batch, image)
+            for row in needed.intersection(range(first, first + batch.num_rows)):
+                packed = batch.slice(row - first, 1).select(columns[1:]).to_pylist()[0] if is_packed else {}
+                held[row] = _checked(images[row - first].as_py(), packed)
+            first += batch.num_rows
+            if first > last:
+                break
+    gone = ReadError(Reason.UNREADABLE, "the file has no such row any more")
+    return [held.get(row, gone) for row in wanted]
+
+
+def _checked(data: bytes | None, packed: dict[str, Any]) -> bytes | ReadError:
+    if packed.get("status", OK) != OK:
+        return ReadError(Reason(packed["status"]), packed["detail"] or "")
+    if data is None:
+        return ReadError(Reason.UNREADABLE, "the row holds no bytes")
+    if (digest := packed.get("content_digest")) and content_digest(data) != digest:
+        return ReadError(Reason.CHECKSUM_MISMATCH, "the bytes are not those that were packed: their SHA-256 differs")
+    return data

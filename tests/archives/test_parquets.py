@@ -1,0 +1,160 @@
+"""Parquet files of encoded images, in the layouts that people have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import samples
+
+from malaria_ray.archives import open_archive, parquets, reading
+from malaria_ray.archives.listing import list_archive
+from malaria_ray.archives.reading import read_cells, read_files
+from malaria_ray.errors import ArchiveError, ReadError
+
+N = 7
+IMAGES = [samples.noise(i) for i in range(N)]
+NAMES = [f"C{i}_thinF_{i}.png" for i in range(N)]
+
+
+def hugging_face(names: list[str]) -> pa.Table:
+    """As `datasets` writes an image column and a ClassLabel."""
+    images = pa.array([{"bytes": data, "path": name} for data, name in zip(IMAGES, NAMES, strict=True)])
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"image": images, "label": pa.array([0, 1, 0, 1, 0, 1, None], pa.int64())})
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def listed(path: Path) -> list[dict[str, Any]]:
+    return list_archive(open_archive(str(path))).to_pylist()
+
+
+LAYOUTS = {
+    "image": (pa.table({"image_id": NAMES, "image": IMAGES}), NAMES),
+    "bytes and path": (pa.table({"path": NAMES, "bytes": IMAGES}), NAMES),
+    "large": (pa.table({"file_name": NAMES, "image": pa.array(IMAGES, pa.large_binary())}), NAMES),
+    "hugging face": (hugging_face(["Uninfected", "Parasitized"]), NAMES),
+    "no names": (pa.table({"image": IMAGES}), [f"cells/{i:08d}" for i in range(N)]),
+    "some names": (
+        pa.table({"image_id": [*NAMES[:-1], None], "image": IMAGES}),
+        [*NAMES[:-1], "cells/00000006"],
+    ),
+}
+
+
+@pytest.mark.parametrize("row_group", [1, 3, 100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_bytes(tmp_path: Path, layout: str, row_group: int) -> None:
+    table, names = LAYOUTS[layout]
+    pq.write_table(table, tmp_path / "cells.parquet", row_group_size=row_group)
+    listing = list_archive(open_archive(str(tmp_path / "cells.parquet")))
+    assert listing["image_id"].to_pylist() == names
+    assert list(read_files(listing)) == IMAGES
+    order = np.random.default_rng([3]).permutation(N)
+    assert list(read_files(listing.take(order))) == [IMAGES[i] for i in order]
+    assert list(read_files(listing.slice(2, 2))) == IMAGES[2:4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (None, ["Uninfected", "Parasitized"], [0, 1, 0, 1, 0, 1, None]),
+        (None, ["Parasitized", "Uninfected"], [1, 0, 1, 0, 1, 0, None]),  # as ImageFolder numbers them: names decide
+        (pa.array([0, 1, -1, None, 0, 1, 1]), None, [0, 1, None, None, 0, 1, 1]),
+        (pa.array(["Parasitized", "uninfected", "", None, "1", "0", "1"]), None, [1, 0, None, None, 1, 0, 1]),
+    ],
+)
+def test_labels(tmp_path: Path, labels: Any, names: list[str] | None, expected: list[int | None]) -> None:
+    table = hugging_face(names) if names else pa.table({"image_id": NAMES, "image": IMAGES, "label": labels})
+    pq.write_table(table, tmp_path / "cells.parquet")
+    assert [row["label"] for row in listed(tmp_path / "cells.parquet")] == expected
+
+
+def test_patients_are_taken_and_else_come_from_names(tmp_path: Path) -> None:
+    patients = ["P9", None, *["P1"] * 5]
+    table = pa.table({"image_id": NAMES, "image": IMAGES, "patient_id": patients})
+    pq.write_table(table, tmp_path / "cells.parquet")
+    assert [row["patient_id"] for row in listed(tmp_path / "cells.parquet")] == ["P9", "C1", *["P1"] * 5]
+
+
+def test_folder_of_files_is_one_archive_and_other_tables_are_rows_in_quarantine(tmp_path: Path) -> None:
+    for part in range(2):
+        table = pa.table({"image_id": NAMES[part::2], "image": IMAGES[part::2]})
+        pq.write_table(table, tmp_path / f"train-{part}.parquet")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "metadata.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"no Parquet")
+    (tmp_path / "README.md").write_text("cells")
+    table = read_cells(list_archive(open_archive(str(tmp_path))), image_size=16).table
+    found = dict(zip(table["image_id"].to_pylist(), table["status"].to_pylist(), strict=True))
+    others = dict.fromkeys(["metadata.parquet", "broken.parquet", "README.md"], "not_an_image")
+    assert found == dict.fromkeys(NAMES, "ok") | others
+    sizes = dict(zip(table["image_id"].to_pylist(), table["n_bytes"].to_pylist(), strict=True))
+    assert [sizes[name] for name in NAMES] == [len(data) for data in IMAGES]
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (pa.table({"x": [1]}), "has no column of encoded images: found x; allowed are a column 'image' or 'bytes'"),
+        (pa.table({"image": pa.array([bytes(12)], pa.binary(12))}), "crops of a dataset: give the dataset's directory"),
+        (pa.table({"image": IMAGES, "label": [2] * N}), "column label holds the label 2; allowed are 0 or uninfected"),
+    ],
+)
+def test_what_cannot_be_an_archive_is_refused(tmp_path: Path, table: pa.Table, said: str) -> None:
+    pq.write_table(table, tmp_path / "cells.parquet")
+    with pytest.raises(ArchiveError, match=said):
+        listed(tmp_path / "cells.parquet")
+
+
+def test_broken_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "cells.parquet").write_bytes(b"PAR1 no Parquet")
+    with pytest.raises(ArchiveError, match="is no complete Parquet file"):
+        listed(tmp_path / "cells.parquet")
+
+
+def test_row_without_bytes_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [IMAGES[0], None, b"", IMAGES[1]]}), tmp_path / "cells.parquet")
+    table = read_cells(list_archive(open_archive(str(tmp_path / "cells.parquet"))), image_size=16).table
+    assert table["status"].to_pylist() == ["ok", "unreadable", "empty_file", "ok"]
+
+
+def test_damaged_row_group_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_WAITS_S", (0.0,))
+    file = tmp_path / "cells.parquet"
+    pq.write_table(pa.table({"image": IMAGES}), file, row_group_size=2, compression="zstd", use_dictionary=False)
+    listing = list_archive(open_archive(str(file)))
+    column = pq.read_metadata(file).row_group(1).column(0)
+    data = bytearray(file.read_bytes())
+    start = column.data_page_offset
+    data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(data)
+    found = list(read_files(listing))
+    assert [isinstance(item, ReadError) for item in found] == [False, False, True, True, False, False, False]
+    assert found[4:] == IMAGES[4:]
+
+
+def test_file_gone_after_it_was_listed_gives_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": IMAGES}), tmp_path / "cells.parquet")
+    listing = list_archive(open_archive(str(tmp_path / "cells.parquet")))
+    (tmp_path / "cells.parquet").unlink()
+    assert read_cells(listing, image_size=16).table["status"].to_pylist() == ["unreadable"] * N
+
+
+def test_a_large_row_group_is_read_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquets, "_BUFFER_BYTES", 64 * 1024)
+    chance = np.random.default_rng([1])
+    table = pa.table({"image": [chance.bytes(100_000) for _ in range(600)]})  # 60 MB
+    pq.write_table(table, tmp_path / "cells.parquet", use_dictionary=False, compression="none", write_batch_size=8)
+    listing = list_archive(open_archive(str(tmp_path / "cells.parquet")))
+    was, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(counted)
+    try:
+        assert [len(data) for data in read_files(listing.slice(590, 2))] == [100_000, 100_000]
+    finally:
+        pa.set_memory_pool(was)
+    assert counted.max_memory() < 30 * 2**20
