@@ -20,7 +20,9 @@ from malaria_ray.schema import RESEARCH_ONLY
 COMMANDS = {
     "demo": "the whole line on a small archive, on this machine",
     "ingest": "archive → dataset: decode and resize every image, one row per file",
+    "pack": "archive → few Parquet files of its images as they are, for archives of millions of small files",
     "train": "dataset → run: train a model that tells parasitized from uninfected cells",
+    "plan": "what a screening would read and how long it would take, from a sample; writes nothing",
     "screen": "archive or dataset → results: score every image with a run's model",
     "evaluate": "results → metrics and patients, where there are labels",
     "report": "results → report/index.html, one file to read in a browser, and catalog.sql",

@@ -1,10 +1,13 @@
-"""Servers on 127.0.0.1 for tests: a web server that can be told to misbehave."""
+"""Servers on 127.0.0.1 for tests: a web server that can be told to misbehave, and a proxy that does so by itself."""
 
 from __future__ import annotations
 
+import http.client
+import random
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -47,6 +50,98 @@ def serve(site: Site) -> Iterator[Site]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+FAULTS = ("500", "503", "hang", "cut", "short")
+
+
+@dataclass
+class FaultyProxy:
+    """A proxy before another server. Of the GETs of objects (and of no listing) it spoils a `share`, by `chance`.
+
+    `500`, `503`: an answer of that status; `hang`: none for `hang_s`; `cut`: half the body, then the connection ends;
+    `short`: half the body, said to be all of it. Keys that contain `always` get a 503 every time.
+    """
+
+    target: str
+    share: float
+    chance: random.Random
+    hang_s: float = 3.0
+    always: str = "\0"
+    done: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def fault(self, method: str, path: str) -> str:
+        key = path.partition("?")[0].strip("/")
+        if method != "GET" or "/" not in key:
+            return ""
+        if self.always in key:
+            return "503"
+        fault = self.chance.choice(FAULTS) if self.chance.random() < self.share else ""
+        self.done.append(fault)
+        return fault
+
+
+@contextmanager
+def faulty(proxy: FaultyProxy) -> Iterator[FaultyProxy]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _proxy_handler(proxy))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _proxy_handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fault = proxy.fault(self.command, self.path)
+            if fault == "hang":
+                time.sleep(proxy.hang_s)
+                self.close_connection = True
+                return
+            if fault.isdigit():
+                status, headers, answer = int(fault), [], b""
+            else:
+                host = proxy.target.removeprefix("http://")
+                connection = http.client.HTTPConnection(host, timeout=60)
+                connection.request(self.command, self.path, body, dict(self.headers.items()))
+                response = connection.getresponse()
+                status, headers, answer = response.status, response.getheaders(), response.read()
+                connection.close()
+            length = len(answer)
+            if self.command == "HEAD":
+                length = int(dict(headers).get("Content-Length") or 0)
+            if fault in ("cut", "short"):
+                answer = answer[: length // 2]
+                length = len(answer) if fault == "short" else length
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "connection", "transfer-encoding", "server", "date"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer)
+            self.close_connection = self.close_connection or fault == "cut"
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def handle(self) -> None:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                super().handle()
+
+    return Handler
 
 
 def closed_url() -> str:

@@ -133,7 +133,9 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     root = storage.locate(rows[0]["container"])
     prefix = root.path.rstrip("/") + "/"
     n = len(rows)
-    for data in _fetch(root.fs, [prefix + row["image_id"] for row in rows], [None] * n, [None] * n):
+    sizes = [0 if storage.is_local(root) else row["n_bytes"] for row in rows]
+    starts = [0 if size else None for size in sizes]  # "from 0" spares s3fs a request for the size of each
+    for data in _fetch(root.fs, [prefix + row["image_id"] for row in rows], starts, [None] * n, sizes):
         yield data if isinstance(data, bytes) else _unreadable(data)
 
 
@@ -144,7 +146,8 @@ def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     container = storage.locate(rows[0]["container"])
     requests = _requests([(row["offset"], row["offset"] + row["span"]) for row in rows if row["span"]])
     starts, ends = [start for start, _ in requests], [end for _, end in requests]
-    fetched = _fetch(container.fs, [container.path] * len(requests), starts, ends)
+    sizes = [0 if storage.is_local(container) else end - start for start, end in requests]
+    fetched = _fetch(container.fs, [container.path] * len(requests), starts, ends, sizes)
     held = -1
     for row in rows:
         start, end = row["offset"], row["offset"] + row["span"]
@@ -169,10 +172,13 @@ def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
 
 
 def _fetch(
-    fs: Any, paths: list[str], starts: Sequence[int | None], ends: Sequence[int | None]
+    fs: Any, paths: list[str], starts: Sequence[int | None], ends: Sequence[int | None], sizes: list[int]
 ) -> list[bytes | BaseException]:
-    """The bytes of each range, or what the last try of it raised."""
+    """The bytes of each range, or what the last try of it raised. Fewer than `sizes` are a failure: a connection that
+    was cut does not always say so.
+    """
     fetched: list[bytes | BaseException] = fs.cat_ranges(paths, list(starts), list(ends), on_error="return")
+    fetched = [_of_size(data, size) for data, size in zip(fetched, sizes, strict=True)]
     for wait_s in _WAITS_S:
         failed = [i for i, data in enumerate(fetched) if not isinstance(data, (bytes, *_FINAL))]
         if not failed:
@@ -182,8 +188,14 @@ def _fetch(
             [paths[i] for i in failed], [starts[i] for i in failed], [ends[i] for i in failed], on_error="return"
         )
         for i, data in zip(failed, again, strict=True):
-            fetched[i] = data
+            fetched[i] = _of_size(data, sizes[i])
     return fetched
+
+
+def _of_size(data: bytes | BaseException, size: int) -> bytes | BaseException:
+    if isinstance(data, bytes) and len(data) < size:
+        return OSError(f"{len(data):,} bytes came of {size:,}")
+    return data
 
 
 def _requests(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

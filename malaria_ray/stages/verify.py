@@ -28,7 +28,7 @@ class Config:
     """
 
     directory: Positional[str]
-    """Directory made by 'malaria-ray ingest', 'train' or 'screen'."""
+    """Directory made by 'malaria-ray ingest', 'pack', 'train' or 'screen'."""
 
 
 def run(config: Config) -> None:
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
         raise DirectoryError(f"{path} is no dataset, run or results directory of malaria-ray")
     success = outputs.check_complete(path, stage)
     faults = [*_file_faults(path, success["files"]), *_extra_files(path, success["files"])]
-    checks = {"ingest": _dataset_faults, "train": _run_faults, "screen": _results_faults}
+    checks = {"ingest": _dataset_faults, "pack": _packed_faults, "train": _run_faults, "screen": _results_faults}
     faults += checks[stage](path)
     if faults:
         raise InvariantError(f"{path} does not hold: " + "; ".join(faults))
@@ -98,6 +98,15 @@ def _results_faults(path: UPath) -> Iterator[str]:
     yield from _difference("predictions/ and quarantine/", listing["image_id"], found)
     for folder, table in (("predictions", PREDICTIONS), ("quarantine", QUARANTINE)):
         yield from _schema_faults(path / folder, table)
+
+
+def _packed_faults(path: UPath) -> Iterator[str]:
+    """One row per file of the archive, each name once."""
+    ids = _ids_of_parts(path / "images")
+    n_files = outputs.check_complete(path, "pack")["counts"]["n_files"]
+    if len(ids) != n_files:
+        yield f"images/ has {len(ids):,} rows, {n_files:,} files were packed"
+    yield from _doubled("images/", ids)
 
 
 def _run_faults(path: UPath) -> Iterator[str]:

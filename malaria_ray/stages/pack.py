@@ -1,0 +1,236 @@
+"""pack: millions of small files become few Parquet files of their encoded bytes, which later runs read one after the
+other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from rich.table import Table as RichTable
+from tyro.conf import Positional
+from upath import UPath
+
+from malaria_ray.archives import open_archive
+from malaria_ray.archives.datasets import DatasetArchive
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
+from malaria_ray.archives.patients import patient_rule
+from malaria_ray.archives.reading import read_files
+from malaria_ray.cells.images import content_digest
+from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.session import ray_session
+from malaria_ray.runtime.terminal import console, progress
+from malaria_ray.schema import OK, PACKED, Reason
+
+log = logging.getLogger("malaria_ray")
+
+_ROW_GROUP = 256  # rows: some 3 MB of cell images, what is read at a time
+_UNKNOWN_BYTES = 64 * 1024  # taken for a file whose size its archive does not tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Packs the files of an archive, as they are, into Parquet files that 'ingest' and 'screen' read as an archive."""
+
+    archive: Positional[str]
+    """Any archive that 'ingest' reads."""
+    packed: Positional[str]
+    """Directory to write, made if missing."""
+    part_mb: int = 128
+    """Size of one Parquet file in megabytes; 64 to 256 read well from disks and object stores."""
+    patients: tuple[str, ...] = ()
+    """Patient mapping files, as for 'ingest'."""
+    patient_pattern: str | None = None
+    """Rule for patients in the paths, as for 'ingest'."""
+    max_bad_fraction: float = 0.5
+    """Fail when more than this share of the files cannot be read."""
+    overwrite: bool = False
+    """Delete what was packed first if it is there."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.part_mb <= 1024:
+            raise ConfigError(f"--part-mb {self.part_mb}: allowed are 1 to 1024 megabytes")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+
+
+def run(config: Config) -> None:
+    """Packs; does nothing where it is finished; goes on where an earlier run of the same config stopped, and tries the
+    files again that could not be read then.
+    """
+    begun = time.monotonic()
+    packed = storage.locate(config.packed)
+    archive = open_archive(config.archive)
+    if isinstance(archive, DatasetArchive):
+        raise ArchiveError(f"{config.archive} is a dataset already; pack takes archives of image files")
+    rule = patient_rule(config.patients, config.patient_pattern)
+    identity = {**archive.identity(), **rule.identity, "part_mb": config.part_mb}
+    if not outputs.prepare(packed, stage="pack", config=config, identity=identity, overwrite=config.overwrite):
+        log.info("%s is finished; nothing to do (--overwrite packs anew)", packed)
+        _print_summary(storage.read_json(packed / outputs.SUCCESS)["counts"])
+        return
+    listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
+    check_same_listing(packed / outputs.WORK, listing)
+    bounds = part_bounds(listing, config.part_mb * 10**6)
+    log.info("%s: %s files into %d parts", archive.url, f"{listing.num_rows:,}", len(bounds))
+    with ray_session():
+        connected = time.monotonic()
+        n_packed = _pack_all(listing, bounds, packed)
+    done = time.monotonic()
+
+    records = [storage.read_json(_record(packed, part)) for part in range(len(bounds))]
+    counts = _counts(records)
+    n_bad = sum(counts["reasons"].values())
+    if n_bad > config.max_bad_fraction * counts["n_files"]:
+        raise TooManyBadImagesError(
+            f"{n_bad:,} of {counts['n_files']:,} files cannot be read ({counts['reasons']}), more than "
+            f"--max-bad-fraction {config.max_bad_fraction}; correct the archive and run again, which tries those anew"
+        )
+    files = {f"images/{storage.part_name(part)}": record["file"] for part, record in enumerate(records)}
+    outputs.finish(
+        packed,
+        counts=counts,
+        files=files,
+        packed_digest=_digest(files),
+        listing_digest=listing_digest(listing),
+        timings={
+            "total_s": round(time.monotonic() - begun, 2),
+            "packing_s": round(done - connected, 2),
+            "files_packed": n_packed,
+            "files_per_second": round(n_packed / max(done - connected, 1e-9), 1),
+        },
+    )
+    _print_summary(counts)
+    log.info("packed: %s", packed)
+
+
+def part_bounds(listing: pa.Table, part_bytes: int) -> list[tuple[int, int]]:
+    """(first row, rows) of each part: consecutive files of about `part_bytes` together, at least one."""
+    sizes = pc.fill_null(pc.coalesce(listing["n_bytes"], listing["packed_bytes"]), _UNKNOWN_BYTES).to_numpy()
+    part = (np.cumsum(sizes) - sizes) // part_bytes
+    first = np.flatnonzero(np.diff(part, prepend=-1))
+    return [(int(start), int(end - start)) for start, end in itertools.pairwise([*first, listing.num_rows])]
+
+
+def _record(packed: UPath, part: int) -> UPath:
+    return packed / outputs.WORK / "records" / f"{storage.part_name(part)}.json"
+
+
+def _pack_all(listing: pa.Table, bounds: list[tuple[int, int]], packed: UPath) -> int:
+    """Packs the parts that no earlier run finished, in parallel; returns the number of files read."""
+    todo = []
+    for part, (start, n) in enumerate(bounds):
+        record = _record(packed, part)
+        if not record.exists() or storage.read_json(record)["reasons"].get(Reason.UNREADABLE):
+            todo.append({"part": part, "start": start, "n": n})
+    if not todo:
+        return 0
+    if len(todo) < len(bounds):
+        log.info("%d of %d parts were finished before", len(bounds) - len(todo), len(bounds))
+    shared = ray.put(listing)
+    dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
+        _pack_part, fn_kwargs={"listing": [shared], "packed": storage.as_url(packed)}, num_cpus=1
+    )
+    n_bad = 0
+    with progress("pack", sum(row["n"] for row in todo), "files") as report:
+        for row in dataset.iter_rows():
+            n_bad += row["n_bad"]
+            report(row["n"], f"{n_bad} unreadable" if n_bad else "")
+    return sum(row["n"] for row in todo)
+
+
+def _pack_part(row: dict[str, Any], *, listing: list[Any], packed: str) -> dict[str, Any]:
+    """One part, then its record, whose presence says that the part is whole."""
+    files = ray.get(listing[0]).slice(row["start"], row["n"])
+    path, name = storage.locate(packed), storage.part_name(row["part"])
+    data, reasons, n_bytes = packed_file(files)
+    storage.write_bytes(path / "images" / name, data)
+    record = {"bytes": len(data), "rows": files.num_rows, "sha256": hashlib.sha256(data).hexdigest()}
+    content = {"file": record, "reasons": reasons, "n_bytes": n_bytes}
+    storage.write_json(_record(path, row["part"]), content)
+    return {"n": files.num_rows, "n_bad": sum(reasons.values())}
+
+
+def packed_file(listing: pa.Table) -> tuple[memoryview, dict[str, int], int]:
+    """(Parquet file of a part's files, how many could not be read by reason, bytes of the others). One row per file."""
+    reasons: Counter[str] = Counter()
+    n_bytes = 0
+    buffer = io.BytesIO()
+    schema = PACKED.arrow_schema()
+    # Images are packed already, and their minima and maxima would be whole images in the footer.
+    others = [name for name in schema.names if name != "image"]
+    with pq.ParquetWriter(
+        buffer,
+        schema,
+        compression={name: "zstd" if name in others else "none" for name in schema.names},
+        use_dictionary=["label", "patient_id", "status", "detail"],
+        write_statistics=others,
+    ) as writer:
+        for table in _row_groups(listing):
+            reasons.update(status for status in table["status"].to_pylist() if status != OK)
+            n_bytes += pc.sum(pc.binary_length(table["image"])).as_py() or 0
+            writer.write_table(table.cast(schema))
+    return buffer.getbuffer(), dict(reasons), n_bytes
+
+
+def _row_groups(listing: pa.Table) -> Iterator[pa.Table]:
+    contents = read_files(listing)
+    for start in range(0, listing.num_rows, _ROW_GROUP):
+        rows = listing.slice(start, _ROW_GROUP)
+        read = list(itertools.islice(contents, rows.num_rows))
+        whole = [data if isinstance(data, bytes) else None for data in read]
+        status = [OK if isinstance(data, bytes) else data.reason.value for data in read]
+        detail = [None if isinstance(data, bytes) else data.detail for data in read]
+        sizes = pa.array([None if data is None else len(data) for data in whole], pa.int64())
+        yield pa.table(
+            {
+                "image_id": rows["image_id"],
+                "label": rows["label"],
+                "patient_id": rows["patient_id"],
+                "n_bytes": pc.coalesce(sizes, rows["n_bytes"]),
+                "content_digest": pa.array([data and content_digest(data) for data in whole], pa.string()),
+                "status": pa.array(status, pa.string()),
+                "detail": pa.array(detail, pa.string()),
+                "image": pa.array(whole, pa.binary()),
+            }
+        )
+
+
+def _counts(records: list[dict[str, Any]]) -> dict[str, Any]:
+    reasons: Counter[str] = Counter()
+    for record in records:
+        reasons.update(record["reasons"])
+    return {
+        "n_files": sum(record["file"]["rows"] for record in records),
+        "n_parts": len(records),
+        "n_bytes": sum(record["n_bytes"] for record in records),
+        "reasons": dict(reasons.most_common()),
+    }
+
+
+def _digest(files: dict[str, Any]) -> str:
+    text = "".join(f"{name} {record['sha256']}\n" for name, record in sorted(files.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _print_summary(counts: dict[str, Any]) -> None:
+    table = RichTable("", "", title="packed")
+    table.add_row("files", f"{counts['n_files']:,}")
+    table.add_row("parts", f"{counts['n_parts']:,}")
+    table.add_row("megabytes", f"{counts['n_bytes'] / 1e6:,.1f}")
+    for reason, n in counts["reasons"].items():
+        table.add_row(f"without bytes: {reason}", f"{n:,}")
+    console().print(table)
