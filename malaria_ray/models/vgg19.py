@@ -15,6 +15,9 @@ from malaria_ray.models.head import dense_head, image_input
 
 _MEAN_BGR = (103.939, 116.779, 123.68)  # of ImageNet, as keras.applications.vgg19.preprocess_input subtracts it
 _TRAINED_BLOCKS = ("block4", "block5")
+# Its features are 0 to 260, their deviation 9, on which the article's rate and initial weights overfit in three epochs.
+# Scaled, the head learnt on: test accuracy 92.4 instead of 91.4 % (dev set by image, 2026-11-25).
+_FEATURE_SCALE = 1 / 50
 
 
 def build_backbone(image_size: int, weights: str | None = None) -> keras.Model:
@@ -39,13 +42,12 @@ def build_backbone(image_size: int, weights: str | None = None) -> keras.Model:
 def build_head(n_features: int) -> keras.Model:
     """The head alone: float16 or float32 features (n, n_features) → P(parasitized) float32 (n, 1)."""
     inputs = keras.Input((n_features,), dtype="float16", name="features")
-    to_float: Any = keras.layers.Rescaling(1.0, name="to_float")(inputs)
-    return keras.Model(inputs, dense_head(to_float), name="vgg19_head")
+    return keras.Model(inputs, _head(inputs), name="vgg19_head")
 
 
 def with_head(backbone: keras.Model, head: keras.Model) -> keras.Model:
     """The whole network, image in, score out, of a backbone and a trained head: `model.keras` of `vgg19-frozen`."""
-    model = keras.Model(backbone.input, dense_head(backbone.output), name="vgg19_frozen")
+    model = keras.Model(backbone.input, _head(backbone.output), name="vgg19_frozen")
     of_head = [layer for layer in head.layers if layer.weights]
     for target, source in zip(
         [layer for layer in model.layers if layer.weights][-len(of_head) :], of_head, strict=True
@@ -63,4 +65,9 @@ def build_finetuned(image_size: int, weights: str | None = None) -> keras.Model:
     backbone = build_backbone(image_size, weights)
     for layer in backbone.layers:
         layer.trainable = layer.name.startswith(_TRAINED_BLOCKS)
-    return keras.Model(backbone.input, dense_head(backbone.output), name="vgg19_finetuned")
+    return keras.Model(backbone.input, _head(backbone.output), name="vgg19_finetuned")
+
+
+def _head(features: Any) -> Any:
+    """Features of the backbone, float16 or float32 (n, k) → P(parasitized) float32 (n, 1)."""
+    return dense_head(keras.layers.Rescaling(_FEATURE_SCALE, name="scale")(features))

@@ -36,7 +36,8 @@ from malaria_ray.stages.pictures import samples_figure
 
 log = logging.getLogger("malaria_ray")
 
-_SHARD_ROWS = 1024  # a task's unit of work and of resumption: about half a second of decoding, 20 MB of crops
+_SHARD_ROWS = 512  # a task's unit of work and of resumption: a quarter of a second of decoding, 10 MB of crops
+_TASK_CPUS = 0.5  # two tasks a core: one decodes while the other waits for the disk or for Ray to send the next shard
 _CROPS_ROW_GROUP = 128  # 6 MB of pixels: a gallery reads a few crops without the whole part
 _N_SAMPLES = 24
 
@@ -132,14 +133,13 @@ def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
         return 0
     if finished:
         log.info("%d of %d shards were finished before", n_shards - len(todo), n_shards)
-    # Tasks take slices of one shared copy; only the shard's number travels. Each reads, decodes and writes by
-    # itself, so no pixels
-    # pass through the object store.
+    # Tasks take slices of one shared copy; only the shard's number travels. Each reads, decodes and writes by itself,
+    # so no pixels pass through the object store.
     shared = ray.put(listing)
     ray_dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
         _decode_shard,
         fn_kwargs={"listing": [shared], "dataset": storage.as_url(dataset), "image_size": image_size},
-        num_cpus=1,
+        num_cpus=_TASK_CPUS,
     )
     n_files: int = sum(listing.slice(row["shard"] * _SHARD_ROWS, _SHARD_ROWS).num_rows for row in todo)
     n_bad = 0
