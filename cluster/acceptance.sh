@@ -7,6 +7,7 @@
 # FOLDER gets results/ and log; exit status 0 only if every step held. PYTHON and BED as for local.sh.
 set -euo pipefail
 
+export PYTHON=${PYTHON:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python}
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 [[ $# == 3 ]] || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [[ -e $1 && -e $2/_SUCCESS.json ]] || { echo "acceptance.sh: no archive $1, or no finished run $2" >&2; exit 1; }
@@ -20,10 +21,11 @@ exec > >(tee "$log") 2>&1
 say() { printf '\n%s  %s\n' "$(date -u +%H:%M:%S)" "$*"; }
 bed() { "$HERE/local.sh" "$@"; }
 ours() { bed run -- malaria-ray "$@"; }
-n_files() { find "$1" -name '*.parquet' 2>/dev/null | wc -l; }
+# A part may be half written at this moment: that counts as none yet.
+n_rows() { "$PYTHON" -c 'import sys; from pyarrow.dataset import dataset; print(dataset(sys.argv[1]).count_rows())' "$1" 2>/dev/null || echo 0; }
 
 say "a head and two workers"
-trap 'bed down' EXIT
+trap 'say "NOT ACCEPTED: the step above failed"; bed down' EXIT
 bed up 2
 
 say "doctor"
@@ -33,12 +35,12 @@ say "screen, submitted as a job"
 ours submit --submission-id acceptance -- screen "$archive" "$results" --model "$run" --num-actors 2 &
 job=$!
 while :; do
-    kill -0 "$job" 2>/dev/null || { say "FAILED: the job ended before a node could be killed; give a larger archive"; exit 1; }
-    blocks=$(n_files "$results/_work/listing") scored=$(n_files "$results/_work/scored")
-    ((blocks == 0 || scored * 2 < blocks)) || break
+    kill -0 "$job" 2>/dev/null || { echo "the job ended before a node could be killed"; exit 1; }
+    n=$(n_rows "$results/listing.parquet") scored=$(n_rows "$results/_work/scored")
+    ((n == 0 || scored * 2 < n)) || break
     sleep 0.2
 done
-say "$scored of $blocks blocks are scored: kill -9 of every process of worker node 1"
+say "$scored of $n images are scored: kill -9 of every process of worker node 1"
 bed kill-node 1
 bed status
 wait "$job"
