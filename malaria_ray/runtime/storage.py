@@ -20,7 +20,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from upath import UPath
 
-from malaria_ray.errors import ConfigError
+from malaria_ray.errors import ConfigError, DirectoryError
 
 
 class FileRecord(TypedDict):
@@ -128,9 +128,17 @@ def part_name(index: int) -> str:
 
 
 def read_table(path: UPath, columns: list[str] | None = None) -> pa.Table:
-    """One Parquet file, or all parts of a folder in order."""
+    """One Parquet file, or all parts of a folder in order.
+
+    Raises: `DirectoryError` where a column is of an Arrow type that some package brings: Ray has one whose values are
+    pickles, which whoever wrote the file could make run code here. No table of ours has one.
+    """
     files = [path] if path.suffix == ".parquet" else parts(path)
-    return concat([pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns) for file in files])
+    tables = [pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns) for file in files]
+    for file, table in zip(files, tables, strict=True):
+        if "extension<" in str(table.schema):
+            raise DirectoryError(f"{file} is no plain table: a column is an Arrow extension; make the directory anew")
+    return concat(tables)
 
 
 def n_rows(path: UPath) -> int:
