@@ -21,8 +21,30 @@ exec > >(tee "$log") 2>&1
 say() { printf '\n%s  %s\n' "$(date -u +%H:%M:%S)" "$*"; }
 bed() { "$HERE/local.sh" "$@"; }
 ours() { bed run -- malaria-ray "$@"; }
-# A part may be half written at this moment: that counts as none yet.
-n_rows() { "$PYTHON" -c 'import sys; from pyarrow.dataset import dataset; print(dataset(sys.argv[1]).count_rows())' "$1" 2>/dev/null || echo 0; }
+# Prints "N of M images" when half are scored. A part that is half written counts as none yet.
+wait_for_half() { # wait_for_half RESULTS PROCESS
+    "$PYTHON" - "$@" <<'EOF'
+import os, sys, time
+from pathlib import Path
+import pyarrow.parquet as pq
+
+def rows(files):
+    for file in files:
+        try:
+            known.setdefault(file, pq.read_metadata(file).num_rows)
+        except (OSError, ValueError):
+            continue
+    return sum(known[file] for file in files if file in known)
+
+results, process, known = Path(sys.argv[1]), int(sys.argv[2]), {}
+while True:
+    n, scored = rows(list(results.glob("listing.parquet"))), rows(list((results / "_work/scored").glob("*.parquet")))
+    if n and 2 * scored >= n:
+        sys.exit(print(f"{scored:,} of {n:,} images"))
+    os.kill(process, 0)  # raises where the job has ended before
+    time.sleep(0.5)
+EOF
+}
 
 say "a head and two workers"
 trap 'say "NOT ACCEPTED: the step above failed"; bed down' EXIT
@@ -34,13 +56,8 @@ ours doctor --storage "$folder/check" --model "$run"
 say "screen, submitted as a job"
 ours submit --submission-id acceptance -- screen "$archive" "$results" --model "$run" --num-actors 2 &
 job=$!
-while :; do
-    kill -0 "$job" 2>/dev/null || { echo "the job ended before a node could be killed"; exit 1; }
-    n=$(n_rows "$results/listing.parquet") scored=$(n_rows "$results/_work/scored")
-    ((n == 0 || scored * 2 < n)) || break
-    sleep 0.2
-done
-say "$scored of $n images are scored: kill -9 of every process of worker node 1"
+half=$(wait_for_half "$results" "$job")
+say "$half are scored: kill -9 of every process of worker node 1"
 bed kill-node 1
 bed status
 wait "$job"
