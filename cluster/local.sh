@@ -11,6 +11,7 @@
 # own address (2.60.0).
 # Token authentication is on; the token lies in $BED/token, readable by its owner only.
 #
+# Workers are as nice as all else (Ray's are 15): nodes on one machine would stand still beside anything that is busy there.
 # Nodes share no folder of Ray's: one would delete what another still uses. They share the disk.
 # BED (/tmp/mrbed, short: Unix sockets below it have at most 107 characters), PYTHON (.venv/bin/python), CPUS of a
 # worker (1), OBJECT_STORE_MB of a node (160), NODE_WRAPPER (a program that `ray start` is started
@@ -90,7 +91,7 @@ try_to_start() { # try_to_start NODE ray-start-arguments…
     cd "$folder"
     # shellcheck disable=SC2086 # the wrapper is a program and its arguments
     (exec ip netns exec "$NAME-$node" setsid env -u RAY_ADDRESS -u RAY_AUTH_TOKEN "${SETTINGS[@]}" \
-        PYTHONPATH="${NODE_PYTHONPATH:+$NODE_PYTHONPATH:}$ROOT" RAY_USAGE_STATS_ENABLED=0 \
+        PYTHONPATH="${NODE_PYTHONPATH:+$NODE_PYTHONPATH:}$ROOT" RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 \
         RAY_RAYLET_START_WAIT_TIME_S="$WAIT_S" ${NODE_WRAPPER:-} "$PYTHON" -m ray.scripts.scripts start --block \
         --node-ip-address="$(address_of "$node")" --object-store-memory=$((OBJECT_STORE_MB * 1000000)) \
         --dashboard-agent-listen-port=$((52400 + node)) --temp-dir="$folder/ray" "$@" >"$log" 2>&1 </dev/null &)
@@ -160,5 +161,5 @@ run)
     exec ip netns exec "$NAME" env "${SETTINGS[@]}" PYTHONPATH="$ROOT" RAY_API_SERVER_ADDRESS="http://$(address_of 0):8265" "$@"
     ;;
 down) down ;;
-*) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
+*) sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
 esac
