@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,15 +63,27 @@ class Bed:
         output = process.communicate(timeout=400)[0]
         return process.returncode, output
 
-    def http_status(self, path: str, *headers: str) -> int:
-        """What the dashboard answers to a client that sends these headers."""
+    def http_status(self, path: str, *headers: str, body: str | None = None) -> int:
+        """What the dashboard answers to a client that sends these headers; a POST where there is a body."""
         curl = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *(part for h in headers for part in ("-H", h))]
+        if body is not None:
+            curl += ["-H", "Content-Type: application/json", "--data", body]
         return int(self.script("run", "--", *curl, f"http://{self.environment['BED_NET']}.10:8265{path}"))
+
+    def listed(self, what: str, *arguments: str) -> list[dict[str, Any]]:
+        """What `ray list nodes | actors` says."""
+        found = self.script("run", "--", "ray", "list", what, "--format", "json", "--limit", "1000", *arguments)
+        rows: list[dict[str, Any]] = json.loads(found[found.index("[") :])
+        return rows
+
+    def scorers_on(self) -> set[str]:
+        """Addresses of the nodes that ever had a scoring actor."""
+        address = {node["node_id"]: node["node_ip"] for node in self.listed("nodes")}
+        return {address[a["node_id"]] for a in self.listed("actors") if "Scorer" in a["class_name"] and a["node_id"]}
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that Ray counts as alive."""
-        found = self.script("run", "--", "ray", "list", "nodes", "--format", "json", "--filter", "state=ALIVE")
-        return sorted(node["node_ip"] for node in json.loads(found[found.index("[") :]))
+        return sorted(node["node_ip"] for node in self.listed("nodes", "--filter", "state=ALIVE"))
 
 
 @contextmanager

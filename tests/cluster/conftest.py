@@ -1,4 +1,4 @@
-"""One test bed for all cluster tests: a head and two workers, S3 beside them, and a line of directories made on it."""
+"""One test bed for all cluster tests: a head and three workers, S3 beside them, and directories made on it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from cluster.bed import Bed, bed, needs, wait_for
 
 from malaria_ray.cells.synthetic import synthetic_cells
 
+S3_SECRET = "secret-of-the-object-store-0123456789"  # searched for where it must not stand
+
 
 @pytest.fixture(scope="session")
 def network() -> None:
@@ -23,10 +25,10 @@ def network() -> None:
 @pytest.fixture(scope="session")
 def cluster(network: None) -> Iterator[Bed]:
     s3 = {
-        "AWS_ENDPOINT_URL": "http://10.213.101.1:9000", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_ENDPOINT_URL": "http://10.213.101.1:9000", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": S3_SECRET,
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
-    with bed(2, number=1, **s3) as made:
+    with bed(3, number=1, **s3) as made:
         yield made
 
 

@@ -1,0 +1,33 @@
+"""The test bed in a minute: it comes up, is called sound, takes jobs with the token only, leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster.bed import bed
+
+
+def printed(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.timeout(900)
+def test_a_cluster_comes_up_sound_takes_a_job_and_leaves_nothing_behind(network: None):
+    with bed(1, number=5) as cluster:
+        assert cluster.script("up", check=False).endswith("'cluster/local.sh down' removes it\n")
+        assert "no node '7'; there are: 0 1" in cluster.script("kill-node", "7", check=False)
+        assert cluster.http_status("/api/jobs/", body='{"entrypoint": "true"}') == 401
+        status, report = cluster.client("doctor", "--storage", str(cluster.folder / "check"))
+        assert status == 0, report
+        assert "FAULT" not in report
+        assert "refuses a client without a token" in report
+        assert "on 2 nodes" in report
+        spaces = [f"{cluster.folder.name}-{node}" for node in (0, 1)]
+        processes = [int(pid) for space in spaces for pid in printed("ip", "netns", "pids", space).split()]
+        assert len(processes) > 8
+    assert not cluster.folder.exists()
+    assert cluster.folder.name not in printed("ip", "netns", "list")
+    assert not [pid for pid in processes if Path(f"/proc/{pid}/exe").exists()]
+    assert "no test bed at" in cluster.script("status", check=False)
