@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 ModelName = Literal["cnn", "vgg19-frozen", "vgg19-finetuned"]
+Precision = Literal["float32", "bf16"]
+DTYPE_POLICY: dict[Precision, str] = {"float32": "float32", "bf16": "mixed_bfloat16"}
+"""Keras' names; with the second the layers compute in bfloat16, variables, score and loss stay float32."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from malaria_ray.cells.images import Pixels
 from malaria_ray.errors import ModelError
 from malaria_ray.models import ModelName
-from malaria_ray.models.building import whole_network
+from malaria_ray.models.building import build_trainable, whole_network
 
 MAX_DIFFERENCE = 1e-4
 """The two files may differ by this much in any score; 2e-7 is what was seen."""
@@ -33,7 +33,10 @@ def export(
     import keras
     import onnxruntime
 
-    model = keras.saving.load_model(Path(checkpoint) / "model.keras", compile=False)
+    trained = keras.saving.load_model(Path(checkpoint) / "model.keras", compile=False)
+    n_features = trained.inputs[0].shape[1] if model_name == "vgg19-frozen" else None
+    model = build_trainable(model_name, image_size=image_size, n_features=n_features)  # float32, however it was trained
+    model.set_weights(trained.get_weights())
     if model_name == "vgg19-frozen":
         model = whole_network(model, image_size=image_size, weights=weights)
     expected = np.asarray(model.predict_on_batch(probe)).reshape(-1)  # a loaded model exports only after a first call

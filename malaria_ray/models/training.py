@@ -23,7 +23,7 @@ import ray
 import ray.train
 
 from malaria_ray.errors import TrainingError
-from malaria_ray.models import RECIPES, ModelName
+from malaria_ray.models import DTYPE_POLICY, RECIPES, ModelName, Precision
 from malaria_ray.models.building import build_trainable
 
 _LOG_EVERY_S = 15.0
@@ -57,6 +57,9 @@ class TrainingPlan:
     patience: int
     seed: int
     n_threads: int
+    precision: Precision = "float32"
+    is_augmented: bool = False
+    is_xla: bool = False
     train: Examples
     val: Examples
     weights: Any = None
@@ -74,6 +77,8 @@ class Batch:
     images: npt.NDArray[Any]
     labels: npt.NDArray[np.float32]
     weights: npt.NDArray[np.float32]
+    draws: npt.NDArray[np.float32]
+    """What augmentation changes, (n, k); k is 0 where nothing is changed."""
     n_global: int
 
 
@@ -83,11 +88,18 @@ def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
 
 
 def batches(
-    examples: Examples, order: npt.NDArray[np.int64], *, batch_size: int, rank: int, n_workers: int
+    examples: Examples,
+    order: npt.NDArray[np.int64],
+    *,
+    batch_size: int,
+    rank: int,
+    n_workers: int,
+    draws: npt.NDArray[np.float32] | None = None,
 ) -> Iterator[Batch]:
-    """The slices that worker `rank` of `n_workers` takes of the global batches of `order`: every example exactly
-    once over all
-    workers, the same number of batches on each."""
+    """The slices that worker `rank` of `n_workers` takes of the global batches of `order`: every example exactly once
+    over all workers, the same number of batches on each. `draws`: a row of numbers for each example.
+    """
+    draws = np.empty((len(examples), 0), np.float32) if draws is None else draws
     parts = [ray.get(part) for part in examples.parts]
     shape = parts[0].shape[1:]
     n_local = -(-batch_size // n_workers)
@@ -100,7 +112,9 @@ def batches(
             images[i] = parts[examples.part[example]][examples.row[example]]
         labels[: len(mine)] = examples.label[mine]
         weights[: len(mine)] = 1
-        yield Batch(images, labels, weights, len(in_batch))
+        changes = np.zeros((n_local, draws.shape[1]), np.float32)
+        changes[: len(mine)] = draws[mine]
+        yield Batch(images, labels, weights, changes, len(in_batch))
 
 
 def train_worker(plan: TrainingPlan) -> None:
@@ -112,9 +126,12 @@ def train_worker(plan: TrainingPlan) -> None:
     import tensorflow as tf  # noqa: I001 - keras must be imported before tf.keras is first touched
     import keras
 
+    from malaria_ray.models.augmentation import augmentation_draws
+
     tf.config.threading.set_intra_op_parallelism_threads(plan.n_threads)
     tf.config.threading.set_inter_op_parallelism_threads(max(1, plan.n_threads))
     keras.utils.set_random_seed(plan.seed)
+    keras.config.set_dtype_policy(DTYPE_POLICY[plan.precision])
     context = ray.train.get_context()
     rank, n_workers = context.get_world_rank(), context.get_world_size()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -147,12 +164,7 @@ def train_worker(plan: TrainingPlan) -> None:
     if history:
         optimizer.learning_rate.assign(learning_rate)
 
-    augment = None
-    if RECIPES[plan.model].is_augmented:
-        from malaria_ray.models.augmentation import build_augmentation
-
-        augment = build_augmentation(plan.image_size, seed=plan.seed + rank)  # each worker draws changes of its own
-    train_step, score_step = _steps(tf, keras, model, strategy, augment)
+    train_step, score_step = _steps(tf, keras, model, strategy, is_augmented=plan.is_augmented, is_xla=plan.is_xla)
 
     for epoch in range(len(history) + 1, plan.epochs + 1):
         if model.stop_training:
@@ -160,7 +172,15 @@ def train_worker(plan: TrainingPlan) -> None:
         begun = time.monotonic()
         learning_rate = float(optimizer.learning_rate.numpy())
         order = epoch_order(plan.seed, epoch, len(plan.train))
-        share = batches(plan.train, order, batch_size=plan.batch_size, rank=rank, n_workers=n_workers)
+        share = batches(
+            plan.train,
+            order,
+            batch_size=plan.batch_size,
+            rank=rank,
+            n_workers=n_workers,
+            draws=augmentation_draws(plan.seed, epoch, len(plan.train)) if plan.is_augmented else None,
+        )
+        _reseed_dropout(model, [plan.seed, epoch, rank])
         sums = _run_epoch(tf, train_step, share, plan=plan, epoch=epoch, is_speaker=rank == 0)
         trained = time.monotonic()
         loss, n_correct = (
@@ -204,30 +224,52 @@ def _callbacks(keras: Any, plan: TrainingPlan) -> list[Any]:
     return callbacks
 
 
-def _steps(tf: Any, keras: Any, model: Any, strategy: Any, augment: Any) -> tuple[Any, Any]:
-    """The compiled training step, (images, labels, weights, n_global) -> [summed loss, n correct] of this worker,
-    and the scoring
-    step, images -> scores."""
+def _reseed_dropout(model: Any, address: list[int]) -> None:
+    """Gives what dropout draws an address, so that an epoch that is done again after a resumption draws the same."""
+    generators = [layer.seed_generator for layer in model.layers if hasattr(layer, "seed_generator")]
+    for i, generator in enumerate(generators):
+        key = np.random.SeedSequence([*address, i]).generate_state(1, np.uint32)[0]
+        generator.state.assign(np.array([key, 0], np.uint32))
 
-    def local_train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
-        if augment is not None:
-            images = augment(images, training=True)
+
+def _steps(
+    tf: Any, keras: Any, model: Any, strategy: Any, *, is_augmented: bool = False, is_xla: bool = False
+) -> tuple[Any, Any]:
+    """The compiled training step, (images, labels, weights, draws, n_global) -> [summed loss, n correct] of this
+    worker, and the scoring step, images -> scores.
+
+    XLA compiles what lies between images and gradients: it knows neither the all-reduce of the workers nor the
+    resampling of augmentation.
+    """
+
+    def gradients_of(images: Any, labels: Any, weights: Any, n_global: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             scores = tf.squeeze(model(images, training=True), -1)
             losses = keras.losses.binary_crossentropy(labels[:, None], scores[:, None]) * weights
             loss = tf.reduce_sum(losses) / n_global
-        gradients = tape.gradient(loss, model.trainable_variables)
-        model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         correct = tf.cast((scores >= 0.5) == (labels >= 0.5), tf.float32) * weights
-        return tf.stack([tf.reduce_sum(losses), tf.reduce_sum(correct)])
+        gradients = tape.gradient(loss, model.trainable_variables)
+        return gradients, tf.stack([tf.reduce_sum(losses), tf.reduce_sum(correct)])
 
-    def train_step(images: Any, labels: Any, weights: Any, n_global: Any) -> Any:
-        return strategy.run(local_train_step, args=(images, labels, weights, n_global))
-
-    def score_step(images: Any) -> Any:
+    def scores_of(images: Any) -> Any:
         return tf.squeeze(model(images, training=False), -1)
 
-    return tf.function(train_step), tf.function(score_step)
+    if is_xla:
+        gradients_of, scores_of = (tf.function(one, jit_compile=True) for one in (gradients_of, scores_of))
+
+    def local_train_step(images: Any, labels: Any, weights: Any, draws: Any, n_global: Any) -> Any:
+        if is_augmented:
+            from malaria_ray.models.augmentation import augment
+
+            images = augment(images, draws)
+        gradients, sums = gradients_of(images, labels, weights, n_global)
+        model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        return sums
+
+    def train_step(*batch: Any) -> Any:
+        return strategy.run(local_train_step, args=batch)
+
+    return tf.function(train_step), tf.function(scores_of)
 
 
 def _run_epoch(
@@ -245,6 +287,7 @@ def _run_epoch(
                 tf.convert_to_tensor(batch.images),
                 tf.convert_to_tensor(batch.labels),
                 tf.convert_to_tensor(batch.weights),
+                tf.convert_to_tensor(batch.draws),
                 tf.constant(batch.n_global, tf.float32),
             )
         )

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ConfigError, MalariaRayError, TrainingError
-from malaria_ray.models import RECIPES, ModelName
+from malaria_ray.models import RECIPES, ModelName, Precision
 from malaria_ray.models.export import export
 from malaria_ray.models.features import feature_parts, read_features
 from malaria_ray.models.training import Examples, TrainingPlan, train_worker
@@ -69,6 +69,13 @@ class Config:
     """VGG-19 weights: imagenet, or a path or URL, if wanted with '#sha256=…'."""
     init_from: str | None = None
     """Run of vgg19-frozen on the same split whose head vgg19-finetuned starts from."""
+    augment: Literal["default", "on", "off"] = "default"
+    """Change the training images at random (turned, flipped, shifted, zoomed, sheared, recoloured), each epoch anew; by
+    default as the article: vgg19-finetuned only. Not for vgg19-frozen, which sees features."""
+    precision: Precision = "float32"
+    """bf16: layers compute in bfloat16, about twice as fast on hardware for it; weights and loss stay float32."""
+    xla: bool = False
+    """Compile the training step by XLA."""
     num_workers: int = 1
     """Training processes, over the nodes of the cluster."""
     cpus_per_worker: int | None = None
@@ -94,6 +101,8 @@ class Config:
             )
         if self.init_from and self.model != "vgg19-finetuned":
             raise ConfigError(f"--init-from goes with --model vgg19-finetuned, not with {self.model}")
+        if self.augment == "on" and self.model == "vgg19-frozen":
+            raise ConfigError("--augment on: vgg19-frozen trains on features made once, not on images; choose another")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
 
@@ -108,6 +117,7 @@ def run(config: Config) -> None:
     image_size = outputs.read_config(dataset, "ingest")["identity"]["image_size"]
     recipe = RECIPES[config.model]
     learning_rate = config.learning_rate or recipe.learning_rate
+    is_augmented = recipe.is_augmented if config.augment == "default" else config.augment == "on"
     weights = load_weights(config.weights) if recipe.needs_weights else None
     same_split = {"dataset_digest": success["dataset_digest"], "split_by": config.split_by, "seed": config.seed}
     identity = {
@@ -116,7 +126,8 @@ def run(config: Config) -> None:
         "learning_rate": learning_rate,
         "weights": weights.sha256 if weights else None,
         "init_from": _check_initial_run(config.init_from, same_split) if config.init_from else None,
-        **{name: getattr(config, name) for name in ("model", "epochs", "patience", "batch_size")},
+        "augment": is_augmented,
+        **{name: getattr(config, name) for name in ("model", "epochs", "patience", "batch_size", "precision", "xla")},
     }
     cells = _cells(dataset)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed)  # raises before anything is written
@@ -151,6 +162,9 @@ def run(config: Config) -> None:
             patience=config.patience,
             seed=config.seed,
             n_threads=n_threads,
+            precision=config.precision,
+            is_augmented=is_augmented,
+            is_xla=config.xla,
             train=_examples(cells, splits == Split.train, inputs),
             val=_examples(cells, is_val, inputs),
             weights=ray.put(weights.content) if weights else None,

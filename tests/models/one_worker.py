@@ -47,7 +47,7 @@ with strategy.scope():
     model = keras.Model(inputs, score)
     model.compile(optimizer=keras.optimizers.Adam(1e-2), loss="binary_crossentropy")
     model.optimizer.build(model.trainable_variables)
-train_step, score_step = training._steps(tf, keras, model, strategy, None)
+train_step, score_step = training._steps(tf, keras, model, strategy)
 sums = []
 for epoch in range(1, N_EPOCHS + 1):
     order = training.epoch_order(3, epoch, N_EXAMPLES)

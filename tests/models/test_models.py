@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malaria_ray.models.augmentation import build_augmentation
+from malaria_ray.models.augmentation import N_DRAWS, augment, augmentation_draws
 from malaria_ray.models.building import build_backbone, build_trainable, whole_network
 from malaria_ray.models.training import Examples, batches, epoch_order
 from malaria_ray.models.vgg19 import with_head
@@ -54,13 +54,25 @@ def test_blocks_1_to_3_never_get_a_gradient():
 
 
 def test_augmentation_changes_images_and_keeps_their_kind():
-    augment = build_augmentation(48, seed=3)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), np.uint8)
-    changed = np.asarray(augment(pixels))
+    draws = augmentation_draws(3, 1, 4)
+    changed = np.asarray(augment(pixels, draws))
     assert changed.shape == pixels.shape
     assert changed.dtype == np.uint8
     assert not np.array_equal(changed, pixels)
-    assert not np.array_equal(np.asarray(augment(pixels)), changed), "every epoch draws its own changes"
+    np.testing.assert_array_equal(np.asarray(augment(pixels, draws)), changed)
+    assert not np.array_equal(np.asarray(augment(pixels, augmentation_draws(3, 2, 4))), changed), "each epoch is new"
+
+
+def test_augmentation_in_the_middle_of_its_range_is_no_change_and_flips_and_turns_are_numpys():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), np.uint8)
+    draws = np.full((5, N_DRAWS), 0.5, np.float32)
+    draws[:, 0] = [0, 0, 0, 0.25, 0]  # of a full turn
+    draws[:, 5:7] = [[0, 0], [0.9, 0], [0, 0.9], [0, 0], [0.9, 0.9]]
+    changed = np.asarray(augment(pixels, draws)).astype(int)
+    wanted = [lambda x: x, np.fliplr, np.flipud, lambda x: np.rot90(x, 1), lambda x: np.rot90(x, 2)]
+    for image, result, change in zip(pixels, changed, wanted, strict=True):
+        np.testing.assert_allclose(result, change(image), atol=1)
 
 
 def test_a_model_takes_raw_pixels_and_scales_them_itself():

@@ -12,7 +12,7 @@ from stages.conftest import IMAGE_SIZE, Line, content
 from stages.killing import run_and_kill
 
 from malaria_ray.cells.crops import crop_pixels
-from malaria_ray.errors import ConfigError, DatasetError, NotCompleteError, TrainingError
+from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, NotCompleteError, TrainingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
@@ -84,6 +84,19 @@ def test_killed_after_an_epoch_it_goes_on_to_the_curve_of_an_undisturbed_run(lin
     np.testing.assert_allclose(resumed["val_loss"], undisturbed["val_loss"], atol=0.15)
 
 
+def test_a_run_in_bf16_with_xla_and_augmentation_exports_an_ordinary_float32_model(line: Line, tmp_path: Path):
+    history = train_of(line.dataset, tmp_path / "run", epochs=1, precision="bf16", xla=True, augment="on")
+    assert np.isfinite(history["val_loss"]).all()
+    with zipfile.ZipFile(tmp_path / "run/model.keras") as saved:
+        assert b"bfloat16" not in saved.read("config.json")
+    path = storage.locate(str(tmp_path / "run"))
+    identity = storage.read_json(path / "config.json")["identity"]
+    assert (identity["precision"], identity["xla"], identity["augment"]) == ("bf16", True, True)
+    assert storage.read_json(path / "_SUCCESS.json")["onnx_max_difference"] <= 1e-4
+    with pytest.raises(DirectoryError, match="precision was 'bf16', is now 'float32'"):
+        train_of(line.dataset, tmp_path / "run", epochs=1, xla=True, augment="on")
+
+
 def only(line: Line, tmp_path: Path, keep) -> Path:
     """A dataset of those files of the line's archive whose name `keep` maps to a new name."""
     with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "some.zip", "w") as some:
@@ -129,9 +142,10 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
     [
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: allowed are numbers above 0"),
+        ({"model": "vgg19-frozen", "augment": "on"}, "--augment on: vgg19-frozen trains on features"),
         ({"num_workers": 65, "batch_size": 64}, "--num-workers 65"),
     ],
 )
 def test_flags_are_checked_at_birth(flags: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        train.Config(dataset="d", run="r", model="cnn", **flags)
+        train.Config(**{"dataset": "d", "run": "r", "model": "cnn", **flags})
