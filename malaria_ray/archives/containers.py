@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+import pyarrow as pa
 from upath import UPath
 
 from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import storage
 
+log = logging.getLogger("malaria_ray")
+
+_NO_RANGES = "the server does not answer range requests"
+_WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try
 _READ_AHEAD = 8 * 1024**2  # of a remote file: its headers are read one after the other
 
 
+def open_file(path: UPath, *, is_read_in_order: bool) -> BinaryIO:
+    """The file, to read and seek in. A remote one is read ahead where it `is_read_in_order`, else only what is asked
+    for: fsspec's default would fetch up to 50 MB more with each column of a row group.
+    """
+    if storage.is_local(path):
+        return Path(path.path).open("rb")
+    options = {"block_size": _READ_AHEAD} if is_read_in_order else {"cache_type": "none"}
+    return cast(BinaryIO, path.fs.open(path.path, "rb", **options))
+
+
 @contextmanager
-def opened(path: UPath) -> Iterator[BinaryIO]:
-    """The file, to read and seek in. Raises: `ArchiveError` for what storage raises inside, in one line."""
+def opened(path: UPath, *, is_read_in_order: bool = True) -> Iterator[BinaryIO]:
+    """`open_file`. Raises: `ArchiveError` for what storage raises then or inside, in one line."""
     try:
-        if storage.is_local(path):
-            with Path(path.path).open("rb") as file:
-                yield file
-        else:
-            with path.fs.open(path.path, "rb", block_size=_READ_AHEAD) as file:
-                yield cast(BinaryIO, file)
+        with open_file(path, is_read_in_order=is_read_in_order) as file:
+            yield file
     except ArchiveError:
         raise
     except Exception as error:  # object stores' clients raise kinds of their own
         raise not_read(path, error) from error
+
+
+def listed(path: UPath, places: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """The tables of `places`, which lists the file. A remote one that fails is listed again from its beginning.
+
+    Raises: `ArchiveError` of the last try, or at once where another would say the same.
+    """
+    if storage.is_local(path):
+        yield from places()
+        return
+    for wait_s in (*_WAITS_S, None):
+        try:
+            tables = list(places())
+        except ArchiveError as error:
+            is_final = isinstance(error.__cause__, (FileNotFoundError, PermissionError)) or _NO_RANGES in str(error)
+            if wait_s is None or is_final:
+                raise
+            log.info("%s; trying again", error)
+            time.sleep(wait_s)
+        else:
+            yield from tables
+            return
 
 
 def n_bytes(path: UPath) -> int:
@@ -46,7 +81,6 @@ def not_read(path: UPath, error: Exception) -> ArchiveError:
         return ArchiveError(f"{path} is not there{why}; check the path")
     if isinstance(error, ValueError) and not storage.is_local(path):  # fsspec's, where a server gives no ranges
         return ArchiveError(
-            f"{path}: the server does not answer range requests ({error}), which reading in place needs; "
-            "download the file and give its path"
+            f"{path}: {_NO_RANGES} ({error}), which reading in place needs; download the file and give its path"
         )
     return ArchiveError(f"{path} cannot be read: {error}; check the address and your permissions")

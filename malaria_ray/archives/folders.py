@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
+from malaria_ray.archives import containers
 from malaria_ray.archives.parquets import is_parquet_of_images, parquet_places
 from malaria_ray.archives.tars import tar_places
 from malaria_ray.errors import ArchiveError
@@ -21,6 +22,7 @@ _N_THREADS = 16  # folders listed and shards opened at a time: what is waited fo
 _KIND, _OTHER = {"file": "file", "directory": "a folder"}, "a pipe or device"
 
 _Row = tuple[str, int, str]  # name below the root, size, method
+_Listed = tuple[list[pa.Table], list[_Row], list[str], list[_Row]]  # tables, other files, folders, shards
 
 
 class FolderArchive:
@@ -39,7 +41,7 @@ class FolderArchive:
 
     def places(self) -> Iterator[pa.Table]:
         folders, shards, rest = deque([self._root()]), deque[_Row](), list[_Row]()
-        running: set[Future[tuple[list[pa.Table], list[_Row], list[str], list[_Row]]]] = set()
+        running: set[Future[_Listed]] = set()
         with ThreadPoolExecutor(_N_THREADS) as pool:
             while folders or shards or running:
                 while len(running) < 2 * _N_THREADS and (folders or shards):
@@ -63,7 +65,7 @@ class FolderArchive:
     def _root(self) -> str:
         return str(self.path.path).rstrip("/")
 
-    def _list(self, folder: str) -> tuple[list[pa.Table], list[_Row], list[str], list[_Row]]:
+    def _list(self, folder: str) -> _Listed:
         """One folder, without those below it: whole batches of its files, the rest of them, its folders, its shards.
 
         Raises: `ArchiveError` where it cannot be listed; `fs.walk` would leave out its files without a word.
@@ -118,14 +120,18 @@ class FolderArchive:
             return "a broken link"
         return "file" if target == "file" else f"a link to {_KIND.get(target, _OTHER)}"
 
-    def _open_shard(self, shard: _Row) -> tuple[list[pa.Table], list[_Row], list[str], list[_Row]]:
+    def _open_shard(self, shard: _Row) -> _Listed:
         name = shard[0]
         path = storage.locate(f"{storage.as_url(self.path).rstrip('/')}/{name}")
         if name.endswith(".tar"):
-            return list(tar_places(path)), [], [], []
+            return list(containers.listed(path, lambda: tar_places(path))), [], [], []
+        return list(containers.listed(path, lambda: self._rows(path, shard))), [], [], []
+
+    def _rows(self, path: UPath, shard: _Row) -> Iterator[pa.Table]:
         if is_parquet_of_images(path):
-            return list(parquet_places(path, name=name.removesuffix(".parquet"))), [], [], []
-        return [], [shard], [], []  # a table of something else: a row in quarantine like any file that is no image
+            yield from parquet_places(path, name=shard[0].removesuffix(".parquet"))
+        else:  # a table of something else: a row in quarantine like any file that is no image
+            yield self._table([shard])
 
     def _table(self, batch: list[_Row]) -> pa.Table:
         names, sizes, methods = zip(*batch, strict=True)

@@ -49,7 +49,8 @@ class ParquetArchive:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
-        return parquet_places(self.path, name=self.path.name.removesuffix(".parquet"))
+        name = self.path.name.removesuffix(".parquet")
+        return containers.listed(self.path, lambda: parquet_places(self.path, name=name))
 
 
 class PackedArchive:
@@ -64,8 +65,14 @@ class PackedArchive:
         return {"archive": self.url, "packed_digest": self.success["packed_digest"]}
 
     def places(self) -> Iterator[pa.Table]:
-        for part in storage.parts(self.path / "images"):
-            yield from parquet_places(part, name=part.name)
+        """From `listing.parquet`, whose containers are named from the directory: it may have been moved."""
+        listing = storage.read_table(self.path / "listing.parquet").drop_columns(["key"])
+        root = pa.scalar(storage.as_url(self.path).rstrip("/"))
+        for batch in listing.to_batches(max_chunksize=_BATCH):
+            places = pa.Table.from_batches([batch])
+            at = places.column_names.index("container")
+            urls = pc.binary_join_element_wise(root, places["container"], "/")
+            yield places.set_column(at, "container", urls)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class _Columns:
 def is_parquet_of_images(path: UPath) -> bool:
     """Whether it is Parquet with a column of encoded images. Raises: `ArchiveError` where it cannot be opened."""
     try:
-        with containers.opened(path) as file:
+        with containers.opened(path, is_read_in_order=False) as file:
             return _image_column(pq.read_schema(file)) is not None
     except ArchiveError as error:
         if isinstance(error.__cause__, pa.ArrowInvalid):
@@ -96,7 +103,7 @@ def parquet_places(path: UPath, *, name: str) -> Iterator[pa.Table]:
     have none.
     """
     try:
-        with containers.opened(path) as file:
+        with containers.opened(path, is_read_in_order=False) as file:
             yield from _places(pq.ParquetFile(file), path, name)
     except ArchiveError as error:
         if isinstance(error.__cause__, pa.ArrowInvalid):
@@ -261,7 +268,7 @@ def _tried(read: Callable[[], T], waits_s: Sequence[float]) -> T | ReadError:
 
 
 def _metadata(path: UPath) -> pq.FileMetaData:
-    with path.fs.open(path.path, "rb") as file:
+    with containers.open_file(path, is_read_in_order=False) as file:
         return pq.read_metadata(file)
 
 
@@ -269,7 +276,7 @@ def _read_group(path: UPath, metadata: pq.FileMetaData, group: int, wanted: list
     """Rows of one row group by their numbers in it."""
     held: dict[int, bytes | ReadError] = {}
     needed, last, first = set(wanted), max(wanted), 0
-    with path.fs.open(path.path, "rb") as file:
+    with containers.open_file(path, is_read_in_order=False) as file:
         # Buffered and not pre-buffered: some writers make one row group of a whole file.
         parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         schema = parquet.schema_arrow

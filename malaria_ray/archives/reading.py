@@ -116,8 +116,8 @@ def _refused_unread(row: dict[str, Any]) -> ReadError | None:
     if method == "encrypted":
         return ReadError(Reason.ENCRYPTED, "the archive member is encrypted")
     if method in ("file", "stored", "deflate", "tar", "parquet"):
-        if max(row["n_bytes"] or 0, row["packed_bytes"] or 0) > MAX_FILE_BYTES:
-            return ReadError(Reason.TOO_LARGE, f"{row['n_bytes']:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        if (largest := max(row["n_bytes"] or 0, row["packed_bytes"] or 0)) > MAX_FILE_BYTES:
+            return ReadError(Reason.TOO_LARGE, f"{largest:,} bytes; at most {MAX_FILE_BYTES:,} are read")
         if method in ("stored", "deflate") and (row["offset"] < 0 or row["span"] < _LOCAL_HEADER.size):
             return _not_there()
         return None

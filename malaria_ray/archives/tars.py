@@ -39,7 +39,7 @@ class TarArchive:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
-        return tar_places(self.path)
+        return containers.listed(self.path, lambda: tar_places(self.path))
 
 
 @dataclass(slots=True)

@@ -38,6 +38,9 @@ class ZipArchive:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
+        return containers.listed(self.path, self._opened_places)
+
+    def _opened_places(self) -> Iterator[pa.Table]:
         try:
             with containers.opened(self.path) as file:
                 yield from self._places(file)

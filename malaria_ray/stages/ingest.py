@@ -47,7 +47,7 @@ class Config:
     """Reads an archive of cell images and writes a dataset: resized crops, a manifest, a quarantine and a summary."""
 
     archive: Positional[str]
-    """Folder, .zip or fsspec URL of either; 'nih' is the official download."""
+    """Folder, .zip, .tar, .parquet or fsspec URL of one; 'nih' is the official download."""
     dataset: Positional[str]
     """Directory to write, made if missing."""
     patients: tuple[str, ...] = ()

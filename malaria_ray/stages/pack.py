@@ -33,7 +33,7 @@ from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.terminal import console, progress
-from malaria_ray.schema import OK, PACKED, Reason
+from malaria_ray.schema import LISTING, OK, PACKED, Reason
 
 log = logging.getLogger("malaria_ray")
 
@@ -100,6 +100,8 @@ def run(config: Config) -> None:
             f"--max-bad-fraction {config.max_bad_fraction}; correct the archive and run again, which tries those anew"
         )
     files = {f"images/{storage.part_name(part)}": record["file"] for part, record in enumerate(records)}
+    places = packed_listing(listing, bounds)
+    files["listing.parquet"] = storage.write_table(packed / "listing.parquet", places)
     outputs.finish(
         packed,
         counts=counts,
@@ -123,6 +125,24 @@ def part_bounds(listing: pa.Table, part_bytes: int) -> list[tuple[int, int]]:
     part = (np.cumsum(sizes) - sizes) // part_bytes
     first = np.flatnonzero(np.diff(part, prepend=-1))
     return [(int(start), int(end - start)) for start, end in itertools.pairwise([*first, listing.num_rows])]
+
+
+def packed_listing(listing: pa.Table, bounds: list[tuple[int, int]]) -> pa.Table:
+    """The listing of what is packed: the same files at their new places, which are named from the directory."""
+    parts = np.repeat(np.arange(len(bounds)), [n for _, n in bounds])
+    rows = np.arange(listing.num_rows) - np.repeat([start for start, _ in bounds], [n for _, n in bounds])
+    names = pa.array([f"images/{storage.part_name(part)}" for part in range(len(bounds))])
+    n = listing.num_rows
+    places = {
+        **{name: listing[name] for name in ("key", "image_id", "label", "patient_id", "n_bytes")},
+        "container": names.take(pa.array(parts)),
+        "method": pa.repeat("parquet", n),
+        "offset": pa.array(rows, pa.int64()),
+        "span": pa.nulls(n, pa.int64()),
+        "packed_bytes": pc.coalesce(listing["n_bytes"], listing["packed_bytes"]),
+        "crc32": pa.nulls(n, pa.int64()),
+    }
+    return pa.table(places).select(LISTING.names).cast(LISTING.arrow_schema())
 
 
 def _record(packed: UPath, part: int) -> UPath:

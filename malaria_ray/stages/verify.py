@@ -101,12 +101,10 @@ def _results_faults(path: UPath) -> Iterator[str]:
 
 
 def _packed_faults(path: UPath) -> Iterator[str]:
-    """One row per file of the archive, each name once."""
-    ids = _ids_of_parts(path / "images")
-    n_files = outputs.check_complete(path, "pack")["counts"]["n_files"]
-    if len(ids) != n_files:
-        yield f"images/ has {len(ids):,} rows, {n_files:,} files were packed"
-    yield from _doubled("images/", ids)
+    """One row per file of the archive that was packed, each name once."""
+    listing = _ids(path / "listing.parquet")
+    if listing is not None:
+        yield from _difference("images/", listing["image_id"], _ids_of_parts(path / "images"))
 
 
 def _run_faults(path: UPath) -> Iterator[str]:

@@ -19,7 +19,7 @@ import samples
 from samples import zip_of
 from servers import FaultyProxy, Site, faulty, serve
 
-from malaria_ray.archives import open_archive, reading
+from malaria_ray.archives import containers, open_archive, reading
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells
 
@@ -128,6 +128,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": options})
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
     monkeypatch.setattr(reading, "_WAITS_S", (0.02,) * 8)
+    monkeypatch.setattr(containers, "_WAITS_S", (0.02,) * 8)
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -138,16 +139,16 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_on_s3_that_fails_now_and_then(
     s3: Any, monkeypatch: pytest.MonkeyPatch, expected: dict[str, dict[str, Any]], kind: str
 ) -> None:
-    """500s, 503s, no answer, cut bodies and bodies that are short without saying so: every second read or so."""
+    """500s, 503s, no answer, cut bodies and bodies that are short without saying so, of listing and reading alike."""
     files, name = PACKED[kind]
     upload(s3, files)
     monkeypatch.setattr(reading, "_REQUEST_BYTES", 8_000)  # many requests
-    listing = list_archive(open_archive(f"s3://cells-bucket/in/{name}".rstrip("/")))
-    with faulty(FaultyProxy(s3.meta.endpoint_url, share=0.4, chance=random.Random(kind), hang_s=1.5)) as proxy:
+    with faulty(FaultyProxy(s3.meta.endpoint_url, share=0.3, chance=random.Random(kind), hang_s=1.2)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         import s3fs
 
         s3fs.S3FileSystem.clear_instance_cache()
+        listing = list_archive(open_archive(f"s3://cells-bucket/in/{name}".rstrip("/")))
         read = read_cells(listing, image_size=24)
     found = {row["image_id"]: row for row in read.table.to_pylist()}
     pixels = iter(read.pixels)
