@@ -50,11 +50,12 @@ class FolderArchive:
                     else:
                         running.add(pool.submit(self._list, folders.popleft()))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    tables, files, more_folders, more_shards = future.result()
+                while done:
+                    tables, files, more_folders, more_shards = done.pop().result()
                     folders.extend(more_folders)
                     shards.extend(more_shards)
-                    yield from tables
+                    while tables:  # none is held longer than it is needed
+                        yield tables.pop()
                     rest += files
                     while len(rest) >= _BATCH:
                         yield self._table(rest[:_BATCH])

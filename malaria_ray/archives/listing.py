@@ -43,8 +43,11 @@ def list_archive(
             tables.append(_complete(places.slice(start, _BATCH_ROWS), known, pattern, is_certain))
     if not tables:
         raise ArchiveError(f"{archive.url} holds no files; give an archive with images in it")
-    listing = _in_order(pa.concat_tables(tables))
-    del tables
+    listing = pa.concat_tables(tables)
+    tables.clear()
+    if (order := _order(listing)) is not None:
+        for at, field in enumerate(listing.schema):  # one by one: only one column is there twice
+            listing = listing.set_column(at, field, listing[field.name].take(order))
     _check_unique(listing, archive.url)
     return listing.set_column(0, "key", pa.array(np.arange(listing.num_rows)))
 
@@ -132,16 +135,16 @@ def _labels(image_ids: pa.Array, given: pa.ChunkedArray | None) -> pa.Array | pa
     return pc.coalesce(given, of_folder)
 
 
-def _in_order(listing: pa.Table) -> pa.Table:
-    """Ordered by container, offset and name, so that neighbours are read by one request; not copied where it is so."""
+def _order(listing: pa.Table) -> pa.Array | None:
+    """The rows by container, offset and name, so that neighbours are read by one request; None where they are so."""
     columns = ["container", "offset", "image_id"]
     if pc.all(pc.equal(listing["container"], listing["container"][0])).as_py():
         columns.remove("container")
     if listing["offset"].null_count == listing.num_rows:
         columns.remove("offset")
     elif columns[0] == "offset" and _is_increasing(listing["offset"]):
-        return listing
-    return listing.sort_by([(name, "ascending") for name in columns])
+        return None
+    return pc.sort_indices(listing.select(columns), [(name, "ascending") for name in columns])
 
 
 def _is_increasing(column: pa.ChunkedArray) -> bool:

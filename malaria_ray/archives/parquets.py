@@ -285,10 +285,11 @@ def _read_group(path: UPath, metadata: pq.FileMetaData, group: int, wanted: list
         columns = [image, *(["status", "detail", "content_digest"] if is_packed else [])]
         batches = parquet.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False)
         for batch in batches:
-            images = _of(batch, image)
-            for row in needed.intersection(range(first, first + batch.num_rows)):
-                packed = batch.slice(row - first, 1).select(columns[1:]).to_pylist()[0] if is_packed else {}
-                held[row] = _checked(images[row - first].as_py(), packed)
+            rows = sorted(needed.intersection(range(first, first + batch.num_rows)))
+            taken = batch.take(pa.array([row - first for row in rows], pa.int64()))
+            told = taken.select(columns[1:]).to_pylist() if is_packed else [{}] * len(rows)
+            for row, data, packed in zip(rows, _of(taken, image).to_pylist(), told, strict=True):
+                held[row] = _checked(data, packed)
             first += batch.num_rows
             if first > last:
                 break
