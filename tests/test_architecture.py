@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "submit": {"cli", "runtime", "schema", "errors"},
     "stages": {"archives", "models", "cells", "statistics", "runtime", "schema", "errors"},
     "archives": {"cells", "runtime", "schema", "errors"},
-    "models": {"cells", "runtime", "schema", "errors"},
+    "models": {"cells", "statistics", "runtime", "schema", "errors"},
     "cells": {"schema", "errors"},
     "statistics": {"schema", "errors"},
     "runtime": {"schema", "errors"},

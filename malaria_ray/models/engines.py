@@ -16,11 +16,15 @@ EngineName = Literal["onnx", "keras"]
 MODEL_FILE: dict[EngineName, str] = {"onnx": "model.onnx", "keras": "model.keras"}
 
 Scores = npt.NDArray[np.float32]
+Features = npt.NDArray[np.float32]
 
 
 class Engine(Protocol):
     def score(self, pixels: Pixels) -> Scores:
         """P(parasitized) of each image: uint8 (n, size, size, 3), RGB, 0..255 → float32 (n,), 0..1."""
+
+    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
+        """The same scores, and the features before them, float32 (n, k), what the network's last layer sees."""
 
 
 def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int) -> Engine:
@@ -48,11 +52,15 @@ class OnnxEngine:
         self._batch_size = batch_size
 
     def score(self, pixels: Pixels) -> Scores:
-        return _checked(self.outputs(pixels))
+        return _checked(self.outputs(pixels)[0])
 
-    def outputs(self, pixels: Pixels) -> Scores:
-        """What the network gives for each image, a score or k features: float32 (n, k)."""
-        return _in_batches(lambda batch: self._session.run(None, {self._input: batch})[0], pixels, self._batch_size)
+    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
+        scores, features = self.outputs(pixels)
+        return _checked(scores), features
+
+    def outputs(self, pixels: Pixels) -> list[Scores]:
+        """What the network gives for each image, output by output: float32 (n, k)."""
+        return _in_batches(lambda batch: self._session.run(None, {self._input: batch}), pixels, self._batch_size)
 
 
 class KerasEngine:
@@ -74,24 +82,29 @@ class KerasEngine:
                 self._model = keras.saving.load_model(file, compile=False, safe_mode=True)
             except (ValueError, OSError) as error:
                 raise ModelError(f"model.keras cannot be loaded: {error}") from error
+        self._model = keras.Model(self._model.input, [self._model.output, self._model.layers[-1].input])
         self._batch_size = batch_size
 
     def score(self, pixels: Pixels) -> Scores:
-        return _checked(_in_batches(self._model.predict_on_batch, pixels, self._batch_size))
+        return self.describe(pixels)[0]
+
+    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
+        scores, features = _in_batches(self._model.predict_on_batch, pixels, self._batch_size)
+        return _checked(scores), features
 
 
-def _in_batches(predict: Any, pixels: Pixels, batch_size: int) -> Scores:
+def _in_batches(predict: Any, pixels: Pixels, batch_size: int) -> list[Scores]:
     """Predicts `batch_size` images at a time, the last batch padded: one shape only, so no result depends on its
     batch.
     """
     results = []
-    for start in range(0, len(pixels), batch_size):
+    for start in range(0, max(1, len(pixels)), batch_size):  # one batch of padding tells the shapes where there is none
         batch = pixels[start : start + batch_size]
         n = len(batch)
         if n < batch_size:
             batch = np.concatenate([batch, np.zeros((batch_size - n, *batch.shape[1:]), np.uint8)])
-        results.append(np.asarray(predict(batch), np.float32)[:n])
-    return np.concatenate(results) if results else np.empty((0, 1), np.float32)
+        results.append([np.asarray(output, np.float32)[:n] for output in predict(batch)])
+    return [np.concatenate(outputs) for outputs in zip(*results, strict=True)]
 
 
 def _checked(outputs: Scores) -> Scores:

@@ -39,11 +39,11 @@ def export(
     model.set_weights(trained.get_weights())
     if model_name == "vgg19-frozen":
         model = whole_network(model, image_size=image_size, weights=weights)
-    expected = np.asarray(model.predict_on_batch(probe)).reshape(-1)  # a loaded model exports only after a first call
+    expected = np.asarray(model.predict_on_batch(probe)).reshape(-1)
     with tempfile.TemporaryDirectory() as folder:
         keras_file = Path(folder) / "model.keras"
         model.save(keras_file)
-        onnx = to_onnx(model)
+        onnx = to_onnx(with_features(model))
         session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
         found = session.run(None, {session.get_inputs()[0].name: probe})[0].reshape(-1)
         difference = float(np.abs(found - expected).max())
@@ -70,6 +70,15 @@ def export(
                 if layer.weights
             ],
         }
+
+
+def with_features(model: Any) -> Any:
+    """The network with a second output behind the score: float32 (n, 512), what its last layer sees of each image."""
+    import keras
+
+    described = keras.Model(model.input, [model.output, model.layers[-1].input], name=model.name)
+    described.predict_on_batch(np.zeros((1, *model.input.shape[1:]), np.uint8))  # exports only after a first call
+    return described
 
 
 def to_onnx(model: Any) -> bytes:

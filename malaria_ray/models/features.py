@@ -80,7 +80,9 @@ class _FeatureActor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         path = storage.locate(row["crops"])
         crops = storage.read_table(path, columns=["image_id", "image"])
-        features = self.engine.outputs(crop_pixels(crops["image"], image_size=self.plan.image_size)).astype(np.float16)
+        features = self.engine.outputs(crop_pixels(crops["image"], image_size=self.plan.image_size))[0].astype(
+            np.float16
+        )
         type_ = pa.binary(features.shape[1] * 2)
         column = pa.FixedSizeBinaryArray.from_buffers(type_, len(features), [None, pa.py_buffer(features.tobytes())])
         table = pa.table({"image_id": crops["image_id"], "features": column})

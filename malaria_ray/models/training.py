@@ -44,6 +44,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.label)
 
+    def take(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """The inputs of the chosen examples, (n, …)."""
+        parts = [ray.get(part) for part in self.parts]
+        return np.stack([parts[self.part[i]][self.row[i]] for i in chosen])
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:

@@ -28,19 +28,22 @@ from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ConfigError, MalariaRayError, TrainingError
 from malaria_ray.models import RECIPES, ModelName, Precision
+from malaria_ray.models.engines import Scores
 from malaria_ray.models.export import export
 from malaria_ray.models.features import feature_parts, read_features
 from malaria_ray.models.training import Examples, TrainingPlan, train_worker
+from malaria_ray.models.validating import Validated, validate
 from malaria_ray.models.weights import load_weights
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
 from malaria_ray.runtime.session import n_cpus, ray_session
-from malaria_ray.schema import HISTORY, SPLITS, Split
+from malaria_ray.schema import HISTORY, SPLITS, Label, Split
 from malaria_ray.stages.pictures import learning_curves_figure
+from malaria_ray.statistics.calibration import check_specificity
+from malaria_ray.statistics.validation import Validation, learn_from_validation
 
 log = logging.getLogger("malaria_ray")
 
-THRESHOLD = 0.5
 _N_PROBE = 64  # real crops on which model.keras and model.onnx are compared
 
 
@@ -80,6 +83,8 @@ class Config:
     """Training processes, over the nodes of the cluster."""
     cpus_per_worker: int | None = None
     """CPUs and threads of each; by default the cluster's CPUs divided by the workers."""
+    specificity: float | None = None
+    """Set the threshold for this specificity on the validation cells, 0.99 say; else it is 0.5."""
     seed: int = 42
     """Seed of the split, the weights and the order of the images."""
     overwrite: bool = False
@@ -127,10 +132,15 @@ def run(config: Config) -> None:
         "weights": weights.sha256 if weights else None,
         "init_from": _check_initial_run(config.init_from, same_split) if config.init_from else None,
         "augment": is_augmented,
-        **{name: getattr(config, name) for name in ("model", "epochs", "patience", "batch_size", "precision", "xla")},
+        **{
+            name: getattr(config, name)
+            for name in ("model", "epochs", "patience", "batch_size", "precision", "xla", "specificity")
+        },
     }
     cells = _cells(dataset)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed)  # raises before anything is written
+    if config.specificity is not None:
+        check_specificity(config.specificity, int(((splits == Split.val) & (cells["label"] == Label.uninfected)).sum()))
     if not outputs.prepare(path, stage="train", config=config, identity=identity, overwrite=config.overwrite):
         log.info("%s is finished; nothing to do (--overwrite trains anew)", path)
         return
@@ -175,8 +185,15 @@ def run(config: Config) -> None:
             result = _fit(plan, path, config.num_workers)
         trained = time.monotonic()
         history, best = _history(result)
-        exported = _export(best, plan, _examples(cells, is_val, pixels))
+        of_val = _examples(cells, is_val, pixels)
+        exported = _export(best, plan, of_val)
+        validated = _validate(exported["onnx"], plan, train=_examples(cells, splits == Split.train, pixels), val=of_val)
 
+    validation = _learn(cells, splits, validated.scores, specificity=config.specificity)
+    storage.write_json(path / "validation.json", validation.to_dict())
+    storage.write_bytes(path / "novelty.npz", validated.novelty.to_bytes())
+    for name in ("validation.json", "novelty.npz"):
+        files[name] = storage.record_of(path / name)
     for name in ("keras", "onnx"):
         storage.write_bytes(path / f"model.{name}", exported[name])
         files[f"model.{name}"] = storage.record_of(path / f"model.{name}")
@@ -197,7 +214,7 @@ def run(config: Config) -> None:
         run_id=run_id,
         model=config.model,
         image_size=image_size,
-        threshold=THRESHOLD,
+        threshold=validation.threshold,
         parameters=exported["parameters"],
         layers=exported["layers"],
         onnx_max_difference=exported["max_difference"],
@@ -238,6 +255,12 @@ def _cells(dataset: UPath) -> pd.DataFrame:
 def _splits_table(cells: pd.DataFrame, splits: pd.Series) -> pa.Table:
     table = cells.assign(split=splits)[SPLITS.names].sort_values("image_id")
     return pa.Table.from_pandas(table, schema=SPLITS.arrow_schema(), preserve_index=False)
+
+
+def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificity: float | None) -> Validation:
+    """Temperature, threshold and rates of error from the validation cells and their `scores`, in order of image_id."""
+    of_val = cells[splits == Split.val].sort_values("image_id")
+    return learn_from_validation(of_val.assign(split=Split.val, score=scores), specificity=specificity)
 
 
 def _check_resources(num_workers: int, cpus_per_worker: int) -> None:
@@ -373,3 +396,10 @@ def _export(checkpoint: ray.train.Checkpoint, plan: TrainingPlan, probe: Example
 
     exported: dict[str, Any] = ray.get(ray.remote(task).options(num_cpus=plan.n_threads).remote())
     return exported
+
+
+def _validate(onnx: bytes, plan: TrainingPlan, *, train: Examples, val: Examples) -> Validated:
+    """In a process of its own, as screening will do it."""
+    task = ray.remote(validate).options(num_cpus=plan.n_threads)
+    validated: Validated = ray.get(task.remote(onnx, train=train, val=val, seed=plan.seed, n_threads=plan.n_threads))
+    return validated

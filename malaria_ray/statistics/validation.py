@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from malaria_ray.errors import DatasetError
@@ -25,6 +26,13 @@ class Validation:
     calibration: Calibration
     rates: ErrorRates | None
     rates_missing: str | None
+
+    @property
+    def threshold(self) -> float:
+        """Calibrated score from which a cell is called parasitized: the calibration's threshold on the scale of scores
+        as they are published."""
+        raw = np.float32(self.calibration.threshold)
+        return float(calibration.calibrate(np.array([raw]), self.calibration.temperature)[0])
 
     def to_dict(self) -> dict[str, Any]:
         return {

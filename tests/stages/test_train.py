@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from stages.conftest import IMAGE_SIZE, Line, content
 from stages.killing import run_and_kill
+from upath import UPath
 
 from malaria_ray.cells.crops import crop_pixels
+from malaria_ray.cells.splits import assign_splits
 from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, NotCompleteError, TrainingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
+from malaria_ray.statistics.novelty import Novelty
+from malaria_ray.statistics.validation import Validation
 
 
 def train_of(dataset: Path, run: Path, **flags) -> pd.DataFrame:
@@ -149,3 +154,30 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
 def test_flags_are_checked_at_birth(flags: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         train.Config(**{"dataset": "d", "run": "r", "model": "cnn", **flags})
+
+
+def test_a_run_keeps_what_it_learnt_from_validation_cells(line: Line):
+    success = json.loads((line.run / "_SUCCESS.json").read_text())
+    validation = Validation.from_dict(json.loads((line.run / "validation.json").read_text()))
+    assert validation.calibration.n == success["counts"]["n_val"]
+    assert success["threshold"] == validation.threshold
+    novelty = Novelty.from_bytes((line.run / "novelty.npz").read_bytes())
+    assert novelty.means.shape == (2, 512)
+    assert novelty.threshold > 0
+
+
+def test_labels_of_test_cells_cannot_reach_the_fit(line: Line):
+    cells = train._cells(UPath(line.dataset))
+    splits = assign_splits(cells, by="patient", seed=42)
+    scores = np.random.default_rng(0).uniform(0.01, 0.99, int((splits == "val").sum())).astype(np.float32)
+    learnt = train._learn(cells, splits, scores, specificity=None)
+    flipped = cells.assign(label=cells["label"].where(splits == "val", 1 - cells["label"]))
+    assert train._learn(flipped, splits, scores, specificity=None) == learnt
+    seen = cells.assign(label=cells["label"].where(splits != "val", 1 - cells["label"]))
+    assert train._learn(seen, splits, scores, specificity=None) != learnt, "and those of validation cells do"
+
+
+def test_a_specificity_that_few_cells_cannot_carry_is_refused_before_training(line: Line, tmp_path: Path):
+    with pytest.raises(DatasetError, match="uninfected validation cells cannot carry a specificity of 0.999"):
+        train.run(train.Config(dataset=str(line.dataset), run=str(tmp_path / "run"), model="cnn", specificity=0.999))
+    assert not (tmp_path / "run").exists()
