@@ -230,13 +230,25 @@ PREDICTIONS = Table(
         IMAGE_ID,
         PATIENT_ID,
         LABEL,
-        Column("score", pa.float32(), "P(parasitized) in 0..1 by the model"),
+        Column("score", pa.float32(), "P(parasitized) in 0..1 by the model, calibrated on validation cells"),
         Column("predicted_label", pa.int8(), "1 where score >= the run's threshold, else 0"),
         WIDTH,
         HEIGHT,
         CONTENT_DIGEST,
         MODEL,
         Column("run_id", pa.string(), "identifier of the training run whose model gave the score"),
+        Column(
+            "raw_score",
+            pa.float32(),
+            "score as the network gives it; `score` is calibrated",
+        ),
+        Column(
+            "novelty",
+            pa.float32(),
+            "distance of the model's features to those of its training set; above 1 for the 1 % of validation images "
+            "that lie farthest",
+        ),
+        Column("quality_flags", pa.list_(pa.string()), "enumerated codes: " + ", ".join(QualityFlag)),
     ),
 )
 
@@ -265,6 +277,20 @@ METRICS = Table(
         ),
         Column("n", pa.int64(), "cells or patients that the value is computed from"),
         Column("threshold", pa.float64(), "score from which a cell is called parasitized; null where not used"),
+    ),
+)
+
+CURVES = Table(
+    "curves",
+    "points of the curves of each split, by cell; at most 1,000 a curve",
+    (
+        MODEL,
+        Column("split", pa.string(), "as in metrics"),
+        Column("curve", pa.string(), "roc, precision_recall or calibration"),
+        Column("x", pa.float64(), "false positive rate; sensitivity; mean score of a bin"),
+        Column("y", pa.float64(), "sensitivity; precision; share of the bin's cells that are labelled parasitized"),
+        Column("threshold", pa.float64(), "score of the point, infinity where nothing is called; null for calibration"),
+        Column("n", pa.int64(), "cells that the curve, for calibration the bin, is computed from"),
     ),
 )
 
@@ -423,6 +449,7 @@ TABLES: dict[str, Table] = {
         HISTORY,
         PREDICTIONS,
         METRICS,
+        CURVES,
         PATIENTS,
         REVIEW,
         LABEL_AUDIT,

@@ -18,10 +18,12 @@ from upath import UPath
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console
-from malaria_ray.schema import METRICS, PATIENTS, RESEARCH_ONLY, Label, Split
+from malaria_ray.schema import CURVES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
-from malaria_ray.statistics.metrics import cell_metrics
-from malaria_ray.statistics.patients import patient_counts, patient_metrics
+from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
+from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
+from malaria_ray.statistics.review import review
+from malaria_ray.statistics.validation import Validation
 
 log = logging.getLogger("malaria_ray")
 
@@ -76,21 +78,76 @@ def run(config: Config) -> None:
 def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[str, storage.FileRecord]:
     predictions = storage.read_table(results / "predictions").to_pandas()
     threshold = float(success["threshold"])
+    validation = _validation(results)
     patients = patient_counts(
-        predictions["patient_id"], predictions["label"], predictions["score"], threshold=threshold
+        predictions["patient_id"],
+        predictions["label"],
+        predictions["score"],
+        threshold=threshold,
+        rates=validation.rates if validation else None,
     )
     rows: list[dict[str, Any]] = []
+    curves: list[pd.DataFrame] = []
     labelled = predictions[predictions["label"].notna()]
     for split, cells in labelled.groupby(split_of(labelled, results)):
-        rows += _metric_rows(cells, str(split), threshold=threshold, config=config)
-    metrics = pd.DataFrame(rows, columns=METRICS.names).assign(model=success["model"])
+        rows += _metric_rows(cells, str(split), threshold=threshold, config=config, validation=validation)
+        curves.append(_curves(cells).assign(split=str(split)))
+    made: list[tuple[Table, pd.DataFrame]] = [
+        (METRICS, pd.DataFrame(rows, columns=METRICS.names).assign(model=success["model"])),
+        (CURVES, pd.concat([pd.DataFrame(columns=CURVES.names), *curves]).assign(model=success["model"])),
+        (PATIENTS, patients),
+    ]
+    if validation is not None:
+        made.append((REVIEW, _review(predictions, patients, validation)))
+    storage.remove(results / REVIEW.name)
     return {
-        f"{folder}/{storage.part_name(0)}": storage.write_table(
-            results / folder / storage.part_name(0),
-            pa.Table.from_pandas(frame, schema=table.arrow_schema(), preserve_index=False),
+        f"{table.name}/{storage.part_name(0)}": storage.write_table(
+            results / table.name / storage.part_name(0),
+            pa.Table.from_pandas(frame[table.names], schema=table.arrow_schema(), preserve_index=False),
         )
-        for folder, table, frame in (("metrics", METRICS, metrics), ("patients", PATIENTS, patients))
+        for table, frame in made
     }
+
+
+def _validation(results: UPath) -> Validation | None:
+    """What the run learnt from its validation cells; None in results of a run that has not."""
+    file = results / "model" / "validation.json"
+    return Validation.from_dict(storage.read_json(file)) if file.exists() else None
+
+
+def _curves(cells: pd.DataFrame) -> pd.DataFrame:
+    label, score, n = cells["label"].to_numpy(np.int64), cells["score"].to_numpy(np.float32), len(cells)
+    roc, precision_recall = roc_curve(label, score), precision_recall_curve(label, score)
+    bins = calibration_curve(label, score)
+    return pd.concat(
+        pd.DataFrame({"curve": name, "x": x, "y": y, "threshold": threshold, "n": of})
+        for name, x, y, threshold, of in (
+            ("roc", roc["false_positive_rate"], roc["sensitivity"], roc["threshold"], n),
+            (
+                "precision_recall",
+                precision_recall["sensitivity"],
+                precision_recall["precision"],
+                precision_recall["threshold"],
+                n,
+            ),
+            ("calibration", bins["mean_score"], bins["observed_share"], math.nan, bins["n"]),
+        )
+    )
+
+
+def _review(predictions: pd.DataFrame, patients: pd.DataFrame, validation: Validation) -> pd.DataFrame:
+    """The review table, the first to look at first; scores and calls as they stand in the predictions."""
+    table = review(
+        predictions["image_id"],
+        predictions["raw_score"],
+        calibration=validation.calibration,
+        quality_flags=predictions["quality_flags"].tolist(),
+        is_novel=predictions["novelty"] > 1,
+        patient_id=predictions["patient_id"],
+        patient_calls=patients.set_index("patient_id")["call"],
+    )
+    table = table.assign(score=predictions["score"], predicted_label=predictions["predicted_label"])
+    return table.sort_values(["rank", "image_id"], na_position="last")
 
 
 def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
@@ -111,7 +168,9 @@ def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
     return found.fillna(predictions["content_digest"].map(by_digest)).fillna(UNSEEN).rename("split")
 
 
-def _metric_rows(cells: pd.DataFrame, split: str, *, threshold: float, config: Config) -> list[dict[str, Any]]:
+def _metric_rows(
+    cells: pd.DataFrame, split: str, *, threshold: float, config: Config, validation: Validation | None
+) -> list[dict[str, Any]]:
     """Rows of the metrics table for one split, by cell and by patient; the model's name is added by the caller."""
     label, score = cells["label"].to_numpy(np.int64), cells["score"].to_numpy(np.float32)
     values = cell_metrics(label, score, threshold=threshold)
@@ -124,11 +183,25 @@ def _metric_rows(cells: pd.DataFrame, split: str, *, threshold: float, config: C
         seed=config.seed,
     )
     rows = _rows(values, intervals, split=split, level="cell", n=len(cells), threshold=threshold)
-    patients = patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold)
-    of_patients = patient_metrics(patients) if len(patients) else {}
+    rates = validation.rates if validation else None
+    patients = patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold, rates=rates)
+    if patients.empty:
+        return rows
+    of_patients = patient_metrics(patients)
+    intervals = bootstrap_over_patients(
+        patients["label"].to_numpy(np.int64),
+        patients["parasitized_fraction"].to_numpy(np.float64),
+        patients["patient_id"],
+        threshold=threshold,
+        n_resamples=config.n_resamples,
+        seed=config.seed,
+    )
+    ranked = {name: intervals[name] for name in ("roc_auc", "average_precision")}
+    if rates is not None:
+        of_patients |= call_metrics(patients)
     for name, value in of_patients.items():
         n = int(of_patients["n_patients_uninfected"]) if name.startswith("false_positive_rate") else len(patients)
-        rows += _rows({name: value}, {}, split=split, level="patient", n=n, threshold=threshold)
+        rows += _rows({name: value}, ranked, split=split, level="patient", n=n, threshold=threshold)
     return rows
 
 
@@ -170,8 +243,12 @@ def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[s
         out.print(_metrics_table(cells, splits, success))
     for split in [split for split in splits if split in (Split.test, UNSEEN)] or splits[-1:]:
         out.print(_classification_report(cells[cells["split"] == split].set_index("metric")["value"], split))
+    calls = patients["call"].value_counts()
+    said = ", ".join(f"{call} {calls.get(call, 0):,}" for call in Call)
+    called = f" (called {said})" if len(calls) else ": none is called, the run's rates of error are not known"
     out.print(
-        f"{len(patients):,} patients in patients/; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}"
+        f"{len(patients):,} patients in patients/{called}; their parasitized fraction is no parasitaemia. "
+        f"{RESEARCH_ONLY}"
     )
 
 

@@ -23,12 +23,14 @@ from upath import UPath
 from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import (
+    CURVES,
     HISTORY,
     LISTING,
     METRICS,
     PATIENTS,
     PREDICTIONS,
     QUARANTINE,
+    REVIEW,
     SCHEMA_VERSION,
     SPLITS,
     Table,
@@ -41,7 +43,9 @@ _PLACES: dict[str, tuple[Table, str, str]] = {
     "splits": (SPLITS, "model/splits.parquet", "screen"),
     "history": (HISTORY, "model/history.parquet", "screen"),
     "metrics": (METRICS, "metrics", "evaluate"),
+    "curves": (CURVES, "curves", "evaluate"),
     "patients": (PATIENTS, "patients", "evaluate"),
+    "review": (REVIEW, "review", "evaluate"),
 }
 """View: its table, the file or folder of parts in a results directory, the stage that writes it."""
 
@@ -204,6 +208,8 @@ _SQL_TYPES = {
     "int64": "BIGINT",
     "float": "FLOAT",
     "double": "DOUBLE",
+    "bool": "BOOLEAN",
+    str(pa.list_(pa.string())): "VARCHAR[]",
 }
 
 

@@ -19,7 +19,7 @@ from malaria_ray.statistics.rates import ErrorRates, fit_error_rates
 class Validation:
     """What is stored with the run.
 
-    rates          of error at the calibration's threshold; None where they cannot be learnt
+    rates          of error of calibrated scores at `threshold`; None where they cannot be learnt
     rates_missing  why not, one line; None where they are there
     """
 
@@ -29,10 +29,8 @@ class Validation:
 
     @property
     def threshold(self) -> float:
-        """Calibrated score from which a cell is called parasitized: the calibration's threshold on the scale of scores
-        as they are published."""
-        raw = np.float32(self.calibration.threshold)
-        return float(calibration.calibrate(np.array([raw]), self.calibration.temperature)[0])
+        """Calibrated score from which a cell is called parasitized: float32, as published scores are."""
+        return _calibrated_threshold(self.calibration)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -68,8 +66,13 @@ def learn_from_validation(cells: pd.DataFrame, *, specificity: float | None = No
         raise DatasetError(f"none of the {len(cells)} cells is in the {Split.val} split: nothing to learn from")
     label, score, patient = validation["label"], validation["score"], validation["patient_id"]
     found = calibration.fit(label, score, patient, specificity=specificity)
+    calibrated = calibration.calibrate(np.asarray(score, np.float32), found.temperature)
     try:
-        rates = fit_error_rates(patient, label, score, threshold=found.threshold)
+        rates = fit_error_rates(patient, label, calibrated, threshold=_calibrated_threshold(found))
     except DatasetError as error:
         return Validation(calibration=found, rates=None, rates_missing=str(error))
     return Validation(calibration=found, rates=rates, rates_missing=None)
+
+
+def _calibrated_threshold(found: Calibration) -> float:
+    return float(calibration.calibrate(np.array([found.threshold], np.float32), found.temperature)[0])

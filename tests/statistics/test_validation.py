@@ -60,7 +60,7 @@ def test_it_survives_json() -> None:
 def test_the_rates_are_those_at_the_threshold() -> None:
     found = learn_from_validation(CELLS, specificity=0.95)
     assert found.rates is not None
-    assert found.rates.threshold == found.calibration.threshold
+    assert found.rates.threshold == found.threshold
     false_positive = found.rates.false_positive
     assert false_positive.n_errors / false_positive.n_cells <= 0.05
     assert false_positive.n_patients == found.calibration.n_patients == 15
