@@ -499,6 +499,11 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
     if found is None or not found[0]:
         return {}
     n, first, read_s, score_s, low, high, n_steady = found
+    begun = rows.execute(
+        """SELECT min(scored_at - spent) FROM (SELECT scored_at, sum(read_s::DOUBLE + score_s) AS spent FROM scored
+           WHERE scored_at >= $1 GROUP BY scored_at)""",
+        [since],
+    ).fetchone() or (first,)
     ceiling = n_actors * n / max(read_s + score_s, 1e-9)
     steady = n_steady / (high - low) if high > low else n / seconds
     stages = {
@@ -509,6 +514,7 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
         for name, spent in (("read_and_decode", read_s), ("score", score_s))
     }
     return {
+        "first_block_begun_s": round(begun[0] - since, 2),
         "first_image_scored_s": round(first - since, 2),
         "steady_images_per_second": round(steady, 1),
         "ceiling_images_per_second": round(ceiling, 1),
