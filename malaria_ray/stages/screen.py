@@ -168,7 +168,7 @@ def run(config: Config) -> None:
     _check_model_file(run_path, MODEL_FILE[config.engine], identity["model_digest"])
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
-    check_same_listing(results / outputs.WORK, listing)
+    check_same_listing(results / outputs.WORK, _without_retried(listing, results / outputs.WORK))
     files = {"listing.parquet": storage.write_table(results / "listing.parquet", listing)}
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
@@ -255,15 +255,13 @@ def _pool(config: Config) -> tuple[int, int]:
     if not config.gpus_per_actor:
         return config.actor_range or (max(1, n_cpus() // config.cpus_per_actor),) * 2
     n_gpus = ray.cluster_resources().get("GPU", 0)
-    fault = "the cluster has no GPU"
-    if n_gpus or config.num_actors:  # a cluster that grows has none before it is asked for one
-        probe = ray.remote(gpu_fault).options(num_gpus=config.gpus_per_actor, num_cpus=0)
-        fault = ray.get(probe.remote(config.engine))
-    if not n_gpus and not config.num_actors:
+    if n_gpus < config.gpus_per_actor and not config.num_actors:  # else nodes with GPUs may still be to start
         raise ConfigError(
-            f"--gpus-per-actor {config.gpus_per_actor:g}: {fault}; leave the flag away, or give --num-actors where "
-            "nodes with GPUs are still to start"
+            f"--gpus-per-actor {config.gpus_per_actor:g}: the cluster has {n_gpus:g} GPUs; leave the flag away, or "
+            "give --num-actors where nodes with GPUs are started when they are asked for"
         )
+    probe = ray.remote(gpu_fault).options(num_gpus=config.gpus_per_actor, num_cpus=0)
+    fault = ray.get(probe.remote(config.engine))
     if fault:
         log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
     return config.actor_range or (max(1, int(n_gpus / config.gpus_per_actor)),) * 2
@@ -441,9 +439,11 @@ def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
             FROM quarantine JOIN listing USING (image_id) WHERE NOT ({again})
         """).to_arrow_table()
         listing = tables.sql("SELECT * FROM listing ORDER BY key").to_arrow_table()
+        retried = tables.sql(f"SELECT image_id FROM quarantine WHERE {again}").to_arrow_table()
     storage.remove(work)
     ledger.reopen(work, rows.select(SCORED.names).cast(SCORED))
-    check_same_listing(work, listing)
+    storage.write_table(work / "retried.parquet", retried)
+    check_same_listing(work, _without_retried(listing, work))
     storage.remove(results / outputs.SUCCESS)
     for name in ("metrics", "patients", "report"):  # made from the predictions that were
         if (results / name).exists():
@@ -451,6 +451,15 @@ def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
             storage.remove(results / name)
     log.info("%s: %s quarantined files are tried again", results, f"{n_again:,}")
     return True
+
+
+def _without_retried(listing: pa.Table, work: UPath) -> pa.Table:
+    """The listing without the sizes of the files that are tried again: those may have been mended meanwhile."""
+    if not (work / "retried.parquet").exists():
+        return listing
+    retried = storage.read_table(work / "retried.parquet")["image_id"].combine_chunks()
+    sizes = pc.if_else(pc.is_in(listing["image_id"], value_set=retried), None, listing["n_bytes"])
+    return listing.set_column(listing.schema.get_field_index("n_bytes"), "n_bytes", sizes)
 
 
 def _of_refused(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Seconds an image and peak memory of all processes as the archive grows: python -m tests.benchmarks.growth [--n N ...].
+"""Seconds an image and peak memory of all processes as the archive grows: python -m tests.benchmarks.growth [--n N …].
 
-The article's cnn on images of 32 × 32 pixels (1.4 M parameters instead of 15.1 M), so that 300,000 end in minutes: what Ray, the
-ledger and the driver cost an image weighs some ten times more here than with real images. Each size is a `malaria-ray
-screen` of its own, from its start to its end, on a local Ray of its own.
+The article's cnn on images of 32 × 32 pixels (1.4 M parameters instead of 15.1 M), so that 300,000 end in minutes: what
+Ray, the ledger and the driver cost an image weighs some ten times more here than with real images. Each size is a
+`malaria-ray screen` of its own, from its start to its end, on a local Ray of its own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SIDE = 32
 
 
 class Memory(threading.Thread):
-    """Samples the memory of a process and all it started: the sum of proportional set sizes, so that a page that several
-    share counts once.
+    """Samples the memory of a process and all it started: the sum of proportional set sizes, so that a page that
+    several share counts once.
     """
 
     def __init__(self, pid: int):
@@ -122,7 +122,9 @@ def _plot(found: list[dict[str, Any]], out: Path) -> None:
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for result in found:
-        axes.plot(*zip(*[(at, size / 1e6) for at, size in result["memory"]], strict=True), label=f"{result['n']:,} images")
+        axes.plot(
+            *zip(*[(at, size / 1e6) for at, size in result["memory"]], strict=True), label=f"{result['n']:,} images"
+        )
     axes.set_xlabel("seconds")
     axes.set_ylabel("MB, all processes")
     axes.set_ylim(bottom=0)

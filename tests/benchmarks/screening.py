@@ -1,8 +1,8 @@
 """Screening to Parquet, side by side: python -m tests.benchmarks.screening [--n 1000] [--run RUN].
 
-The same network (the article's cnn) and images for all. The ceiling is 1/(1/decode + 1/network) of bare processes, one a
-core, with the same ONNX Runtime. Each way runs in a process of its own after a small run of itself; the rate counts from
-the first call to the last file written, the start of Ray or of an interpreter not.
+The same network (the article's cnn) and images for all. The ceiling is 1/(1/decode + 1/network) of bare processes, one
+a core, with the same ONNX Runtime. Each way runs in a process of its own after a small run of itself; the rate counts
+from the first call to the last file written, the start of Ray or of an interpreter not.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def stock_ray(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
     def screened(paths: list[str], target: Path) -> float:
         begun = time.monotonic()
         dataset = ray.data.read_images(paths, size=(IMAGE_SIZE, IMAGE_SIZE), mode="RGB", include_paths=True)
-        dataset = dataset.map_batches(Predictor, batch_size=BATCH, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1)
+        dataset = dataset.map_batches(
+            Predictor, batch_size=BATCH, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=1
+        )
         dataset.write_parquet(str(target))
         return time.monotonic() - begun
 
@@ -178,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     mean = {name: float(np.mean(values)) for name, values in rates.items()}
     ours_rate = float(np.mean(steady))
     rows: list[tuple[Any, ...]] = [("ceiling: 1/(1/decode + 1/network)", None, limit, 1.0, None)]
-    rows.append(("malaria_ray screen, steady state", details["malaria_ray screen"]["n"], ours_rate, ours_rate / limit, None))
+    rows.append(
+        ("malaria_ray screen, steady state", details["malaria_ray screen"]["n"], ours_rate, ours_rate / limit, None)
+    )
     rows += [
         (name, details[name]["n"], rate, rate / limit, mean["malaria_ray screen"] / rate) for name, rate in mean.items()
     ]
