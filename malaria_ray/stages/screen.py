@@ -362,13 +362,19 @@ def _scored_rows(results: UPath, n_files: int) -> Iterator[duckdb.DuckDBPyConnec
         rows.register("stream", pa.RecordBatchReader.from_batches(SCORED, batches))
         rows.execute("CREATE TABLE scored AS SELECT * FROM stream")
         rows.unregister("stream")
-        found = rows.execute("SELECT count(*), count(DISTINCT key), min(key), max(key) FROM scored").fetchone()
+        found = _one(rows, "SELECT count(*), count(DISTINCT key), min(key), max(key) FROM scored")
         if found != (n_files, n_files, 0, n_files - 1):
             raise InvariantError(
-                f"{found[0] if found else 0:,} rows were scored of {n_files:,} files, {found[1] if found else 0:,} of "
-                f"them different; {results} is not published: keep it and report this"
+                f"{found[0]:,} rows were scored of {n_files:,} files, {found[1]:,} of them different; {results} is not "
+                "published: keep it and report this"
             )
         yield rows
+
+
+def _one(rows: duckdb.DuckDBPyConnection, query: str, *parameters: Any) -> tuple[Any, ...]:
+    """The one row that a query gives. Fetched whole: DuckDB takes no other query before the end of one."""
+    [row] = rows.execute(query, parameters).fetchall()
+    return row
 
 
 def _publish(rows: duckdb.DuckDBPyConnection, results: UPath) -> dict[str, FileRecord]:
@@ -422,9 +428,9 @@ def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
             path = results / (name if name != "listing" else "listing.parquet")
             tables.register(name, storage.read_table(path))
         again = "true" if which == "all" else f"reason = '{Reason.UNREADABLE}'"
-        n_again, n_kept = tables.execute(
-            f"SELECT count(*) FILTER ({again}), count(*) FILTER (NOT ({again})) FROM quarantine"
-        ).fetchone() or (0, 0)
+        n_again, n_kept = _one(
+            tables, f"SELECT count(*) FILTER ({again}), count(*) FILTER (NOT ({again})) FROM quarantine"
+        )
         if not n_again:
             log.info("%s: no quarantined file to try again (%d of other reasons)", results, n_kept)
             return False
@@ -481,13 +487,13 @@ def _copy_run(run_path: UPath, results: UPath) -> dict[str, FileRecord]:
 def _counts(rows: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     by_status = dict(rows.execute("SELECT status, count(*) FROM scored GROUP BY status").fetchall())
     n_scored = by_status.pop(OK, 0)
-    called = rows.execute("SELECT coalesce(sum(predicted_label), 0)::BIGINT FROM scored").fetchone()
+    [n_called] = _one(rows, "SELECT coalesce(sum(predicted_label), 0)::BIGINT FROM scored")
     return {
         "n_files": n_scored + sum(by_status.values()),
         "n_scored": n_scored,
         "n_quarantined": sum(by_status.values()),
         "quarantine_reasons": dict(Counter(by_status).most_common()),
-        "n_called_parasitized": called[0] if called else 0,
+        "n_called_parasitized": n_called,
     }
 
 
@@ -497,22 +503,21 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
     `alone`: the rate that the actors would reach did they nothing else, from the seconds that they spent in it. The
     ceiling is 1 / (1/read + 1/score). `steady` leaves out the first and last tenth of the images.
     """
-    found = rows.execute(
+    n, first, read_s, score_s, low, high = _one(
+        rows,
         """SELECT count(*), min(scored_at), sum(read_s::DOUBLE), sum(score_s::DOUBLE),
-                  quantile_disc(scored_at, 0.1), quantile_disc(scored_at, 0.9),
-                  count(*) FILTER (scored_at > (SELECT quantile_disc(scored_at, 0.1) FROM scored WHERE scored_at >= $1)
-                      AND scored_at <= (SELECT quantile_disc(scored_at, 0.9) FROM scored WHERE scored_at >= $1))
-           FROM scored WHERE scored_at >= $1""",
-        [since],
-    ).fetchone()
-    if found is None or not found[0]:
+                  quantile_disc(scored_at, 0.1), quantile_disc(scored_at, 0.9) FROM scored WHERE scored_at >= $1""",
+        since,
+    )
+    if not n:  # the clocks of the nodes differ by more than the run took
         return {}
-    n, first, read_s, score_s, low, high, n_steady = found
-    begun = rows.execute(
+    [n_steady] = _one(rows, "SELECT count(*) FROM scored WHERE scored_at > $1 AND scored_at <= $2", low, high)
+    [begun] = _one(
+        rows,
         """SELECT min(scored_at - spent) FROM (SELECT scored_at, sum(read_s::DOUBLE + score_s) AS spent FROM scored
            WHERE scored_at >= $1 GROUP BY scored_at)""",
-        [since],
-    ).fetchone() or (first,)
+        since,
+    )
     ceiling = n_actors * n / max(read_s + score_s, 1e-9)
     steady = n_steady / (high - low) if high > low else n / seconds
     stages = {
@@ -523,7 +528,7 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
         for name, spent in (("read_and_decode", read_s), ("score", score_s))
     }
     return {
-        "first_block_begun_s": round(begun[0] - since, 2),
+        "first_block_begun_s": round(begun - since, 2),
         "first_image_scored_s": round(first - since, 2),
         "steady_images_per_second": round(steady, 1),
         "ceiling_images_per_second": round(ceiling, 1),

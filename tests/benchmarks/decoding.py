@@ -79,7 +79,7 @@ def daft(archive: Path, folder: Path) -> dict[str, Any]:
 
     def decoded(paths: list[str]) -> float:
         begun = time.monotonic()
-        frame = library.from_pydict({"path": paths}).into_partitions(N_PROCESSES)
+        frame = library.from_pydict({"path": paths})
         image = decode_image(download(library.col("path")), mode="RGB")
         frame = frame.select(resize(image, IMAGE_SIZE, IMAGE_SIZE).alias("image"))
         n = 0
@@ -110,8 +110,6 @@ def thread_pool(archive: Path, folder: Path) -> dict[str, Any]:
 
 
 def tf_data(archive: Path, folder: Path) -> dict[str, Any]:
-    import tensorflow as tf
-
     def count(paths: list[str]) -> float:
         dataset = tf_dataset(paths, batch_size=BATCH)
         begun = time.monotonic()
@@ -121,7 +119,6 @@ def tf_data(archive: Path, folder: Path) -> dict[str, Any]:
 
     paths = files_of(folder)
     count(paths[:200])
-    del tf
     return {"rate": len(paths) / count(paths)}
 
 
@@ -144,8 +141,8 @@ def read_images(archive: Path, folder: Path) -> dict[str, Any]:
     def count(paths: list[str]) -> float:
         begun = time.monotonic()
         dataset = ray.data.read_images(paths, size=(IMAGE_SIZE, IMAGE_SIZE), mode="RGB")
-        n = dataset.map_batches(lambda batch: {"n": [len(batch["image"])]}, batch_size=BATCH).sum("n")
-        assert n == len(paths)
+        rows = dataset.map_batches(lambda batch: {"n": [len(batch["image"])]}, batch_size=BATCH).take_all()
+        assert sum(row["n"] for row in rows) == len(paths)
         return time.monotonic() - begun
 
     paths = files_of(folder)[:SLOW_N]

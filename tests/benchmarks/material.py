@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import HISTORY, SPLITS
@@ -132,7 +131,8 @@ def start_ray() -> float:
 
     import ray
 
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     begun = time.monotonic()
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="CRITICAL")
     return time.monotonic() - begun
@@ -187,7 +187,3 @@ def bar_plot(name: str, title: str, labels: Sequence[str], values: Sequence[floa
     axes.margins(x=0.12)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / f"{name}.png", dpi=150)
-
-
-def names_of(table: pa.Table) -> list[str]:
-    return [str(name) for name in table.column_names]

@@ -140,7 +140,7 @@ def daft(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
 
     def screened(paths: list[str], target: Path) -> float:
         begun = time.monotonic()
-        frame = library.from_pydict({"path": paths}).into_partitions(N_PROCESSES)
+        frame = library.from_pydict({"path": paths})
         frame = frame.with_column("score", Scorer(model).score(library.col("path")))
         frame.write_parquet(str(target))
         return time.monotonic() - begun

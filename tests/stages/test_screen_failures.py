@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
@@ -86,6 +88,56 @@ def test_a_full_disk_stops_in_one_line_and_with_more_room_it_goes_on(
     timings = storage.read_json(storage.locate(str(small_disk / "results/_SUCCESS.json")))["timings"]
     assert timings["images_scored"] == len(undisturbed) - n_done
     verify.run(verify.Config(directory=str(small_disk / "results")))
+
+
+@pytest.mark.slow
+def test_an_object_store_that_goes_away_stops_in_one_line_and_when_it_is_back_it_goes_on(
+    line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
+):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                          aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
+    client.create_bucket(Bucket="failing")
+    command = [sys.executable, "-m", "malaria_ray", "screen", str(many), "s3://failing/results", "--model"]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, str(line.run)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def n_notes() -> int:
+        found = client.list_objects_v2(Bucket="failing", Prefix="results/_work/checkpoint/").get("Contents", [])
+        return sum(not item["Key"].endswith(".pending.parquet") for item in found)
+
+    first = start()
+    while not n_notes():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    server.stop()
+    output = first.communicate(timeout=500)[0]
+    assert first.returncode == 1, output
+    assert output.strip().splitlines()[-1].startswith("malaria-ray screen: "), output
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)  # what was stored is still there
+    server.start()
+    second = start()
+    output = second.communicate(timeout=500)[0]
+    assert second.returncode == 0, output
+    assert "images were scored before" in output
+    for item in client.list_objects_v2(Bucket="failing", Prefix="results/predictions/")["Contents"]:
+        target = tmp_path / "results" / Path(item["Key"]).relative_to("results")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        client.download_file("failing", item["Key"], str(target))
+    server.stop()
+    pd.testing.assert_frame_equal(predictions_of(tmp_path / "results"), undisturbed)
 
 
 @pytest.fixture
