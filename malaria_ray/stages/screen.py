@@ -284,11 +284,11 @@ def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Con
     filesystem, root = storage.arrow_filesystem(work)
     context = DataContext.get_current()
     context.checkpoint_config = ledger.checkpoint_of(work)
-    actors = {
+    actors: dict[str, Any] = {
         "compute": ActorPoolStrategy(min_size=min(pool[0], len(blocks)), max_size=min(pool[1], len(blocks))),
         "num_cpus": _ACTOR_CPUS if plan.n_threads == 1 else plan.n_threads,
     }
-    as_tables = {"batch_size": None, "batch_format": "pyarrow"}
+    as_tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     try:
         source = ledger.BlockSource(blocks)
         if plan.use_gpu:
@@ -296,10 +296,10 @@ def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Con
             dataset = dataset.map_batches(
                 decode_block, fn_kwargs={"image_size": plan.image_size}, num_cpus=1, **as_tables
             )
-            actors |= {"num_cpus": _TASK_CPUS, "num_gpus": config.gpus_per_actor}
+            actors |= {"num_cpus": _TASK_CPUS, "num_gpus": config.gpus_per_actor, "batch_size": rows}
         else:  # the same resources as the actors': Ray then makes one operator of reading and scoring
             dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), num_cpus=actors["num_cpus"])
-        dataset = dataset.map_batches(Scorer, fn_constructor_args=(plan,), **actors, **as_tables)
+        dataset = dataset.map_batches(Scorer, fn_constructor_args=(plan,), **as_tables | actors)
         with _watched(work, n_left):
             dataset.write_parquet(f"{root}/scored", filesystem=filesystem, ray_remote_args={"num_cpus": _TASK_CPUS})
         log.debug("%s", dataset.stats())
