@@ -15,6 +15,8 @@ from malaria_ray.errors import ModelError
 EngineName = Literal["onnx", "keras"]
 MODEL_FILE: dict[EngineName, str] = {"onnx": "model.onnx", "keras": "model.keras"}
 
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
 Scores = npt.NDArray[np.float32]
 Features = npt.NDArray[np.float32]
 
@@ -27,25 +29,46 @@ class Engine(Protocol):
         """The same scores, and the features before them, float32 (n, k), what the network's last layer sees."""
 
 
-def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int) -> Engine:
+def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int, use_gpu: bool = False) -> Engine:
     """The engine `name` on the content of its model file; it computes with `n_threads` threads, `batch_size` images
-    at a time.
+    at a time, on the GPU that this process sees where `use_gpu` is set and the library can.
     """
-    return (OnnxEngine if name == "onnx" else KerasEngine)(model, n_threads=n_threads, batch_size=batch_size)
+    if name == "onnx":
+        return OnnxEngine(model, n_threads=n_threads, batch_size=batch_size, use_gpu=use_gpu)
+    return KerasEngine(model, n_threads=n_threads, batch_size=batch_size)
+
+
+def gpu_fault(name: EngineName) -> str | None:
+    """Why the engine cannot use a GPU in this process; None where it can."""
+    if name == "onnx":
+        import onnxruntime
+
+        found = onnxruntime.get_available_providers()
+        return None if _CUDA in found else f"ONNX Runtime has no {_CUDA} here, only {', '.join(found)}"
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return None  # other backends find their devices by themselves
+    import tensorflow as tf
+
+    return None if tf.config.list_physical_devices("GPU") else "TensorFlow sees no GPU here"
 
 
 class OnnxEngine:
     """ONNX Runtime: starts in well under a second, scores twice as fast as Keras on CPUs, needs no TensorFlow."""
 
-    def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
+    def __init__(self, model: bytes, *, n_threads: int, batch_size: int, use_gpu: bool = False):
         import onnxruntime
 
+        if use_gpu and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA's libraries may lie in wheels, where no loader looks
+        providers = [_CUDA, _CPU] if use_gpu and _CUDA in onnxruntime.get_available_providers() else [_CPU]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(model, options, providers=providers)
         except Exception as error:  # its exceptions have no common base of their own
             raise ModelError(f"model.onnx cannot be loaded: {error}") from error
         self._input = self._session.get_inputs()[0].name

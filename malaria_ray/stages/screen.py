@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.data.checkpoint import CheckpointConfig
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
@@ -25,25 +26,42 @@ from upath import UPath
 import malaria_ray
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
-from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine
+from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
-from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Split
+from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
+from malaria_ray.stages import ledger
+from malaria_ray.stages.scorers import Scorer, ScoringPlan, decode_block
+from malaria_ray.statistics.validation import Validation
 
 log = logging.getLogger("malaria_ray")
 
-_BLOCK_ROWS = 512  # what one actor takes at a time, and at most loses when it is killed
-_PART_ROWS = 1_000_000
-_ACTOR_CPUS = 0.9  # leaves room on every node for the tasks that read the listing and write the rows
-_TASK_CPUS = 0.05
+_BLOCK_ROWS = 1024  # what one actor takes at a time, and at most loses when it is killed
+_PART_ROWS = 250_000  # of a published file: what the driver holds at a time
+_SORT_MEMORY = "512MB"  # of the driver's, for sorting; the rest goes to disk
 _WATCH_EVERY_S = 2.0
+_TASK_CPUS = 0.05  # of the tasks that write rows: they wait for storage
+_ACTOR_CPUS = 0.9  # instead of 1: leaves room on every node for those tasks
+
+SCORED = pa.schema(
+    [column.field().remove_metadata() for column in PREDICTIONS.columns]
+    + [
+        ("key", pa.int64()),
+        ("status", pa.string()),
+        ("detail", pa.string()),
+        ("n_bytes", pa.int64()),
+        ("read_s", pa.float32()),
+        ("score_s", pa.float32()),
+        ("scored_at", pa.float64()),
+    ]
+)
+"""One row for each file of the archive, before they are parted into predictions and quarantine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +83,13 @@ class Config:
     patient_pattern: str | None = None
     """Rule for patients in the paths of an archive, as for 'ingest'."""
     batch_size: int = 64
-    """Images that the model takes at a time."""
-    num_actors: int | None = None
-    """Scoring processes; by default one for each CPU of the cluster."""
+    """Images that the model takes at a time; a GPU likes 256."""
+    num_actors: str | None = None
+    """Scoring processes: N, or MIN-MAX for as many as the cluster has room for; by default as many as fit now."""
+    cpus_per_actor: int = 1
+    """CPUs, and threads of the network, of each of them; 1 is fastest on CPUs."""
+    gpus_per_actor: float = 0
+    """GPUs of each of them, 0.5 for two on one; tasks on CPUs then read and decode for them."""
     max_bad_fraction: float = 0.5
     """Fail when more than this share of the files ends in quarantine."""
     table_format: Literal["parquet", "iceberg"] = "parquet"
@@ -76,29 +98,35 @@ class Config:
     """Catalog of pyiceberg's configuration (~/.pyiceberg.yaml); by default one in RESULTS/iceberg."""
     iceberg_table: str = iceberg.DEFAULT_TABLE
     """Its namespace and name."""
+    retry_quarantined: Literal["unreadable", "all"] | None = None
+    """In finished results score again just the quarantined files: those that storage did not give, or all."""
     overwrite: bool = False
     """Delete the results first if they are there."""
 
     def __post_init__(self) -> None:
-        for name, value in (("--batch-size", self.batch_size), ("--num-actors", self.num_actors)):
-            if value is not None and value < 1:
+        for name, value in (("--batch-size", self.batch_size), ("--cpus-per-actor", self.cpus_per_actor)):
+            if value < 1:
                 raise ConfigError(f"{name} {value}: must be at least 1")
+        least, most = self.actor_range or (1, 1)
+        if not 1 <= least <= most:
+            raise ConfigError(f"--num-actors {self.num_actors}: allowed are N or MIN-MAX, at least 1")
+        gpus = self.gpus_per_actor
+        if not (0 <= gpus <= 1 or gpus == int(gpus) > 0):
+            raise ConfigError(f"--gpus-per-actor {gpus:g}: allowed are 0 to 1 and whole numbers")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+        if self.overwrite and self.retry_quarantined:
+            raise ConfigError("--retry-quarantined keeps what --overwrite would delete; give one of them")
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringPlan:
-    """What every scoring actor needs to know."""
-
-    model_file: str
-    engine: EngineName
-    image_size: int
-    batch_size: int
-    n_threads: int
-    threshold: float
-    model: str
-    run_id: str
+    @property
+    def actor_range(self) -> tuple[int, int] | None:
+        """Least and most actors; None where the cluster decides."""
+        if self.num_actors is None:
+            return None
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.num_actors)
+        if found is None:
+            return 0, 0
+        return int(found[1]), int(found[2] or found[1])
 
 
 def run(config: Config) -> None:
@@ -110,6 +138,8 @@ def run(config: Config) -> None:
     if config.table_format == "iceberg":
         iceberg.check_iceberg(results, config.iceberg_catalog, config.iceberg_table)
     trained = outputs.check_complete(run_path, "train")
+    if "validation.json" not in trained["files"]:
+        raise ModelError(f"{run_path} was trained by an older malaria_ray and has no validation.json; train it anew")
     archive = open_archive(config.source)
     if isinstance(archive, DatasetArchive) and archive.image_size != trained["image_size"]:
         raise ModelError(
@@ -131,37 +161,50 @@ def run(config: Config) -> None:
         "malaria_ray": malaria_ray.__version__,
     }
     if not outputs.prepare(results, stage="screen", config=config, identity=identity, overwrite=config.overwrite):
-        log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
-        _write_iceberg(config, results)
-        _print_summary(storage.read_json(results / outputs.SUCCESS))
-        return
+        if not config.retry_quarantined:
+            log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
+        if not config.retry_quarantined or not _reopen(results, config.retry_quarantined):
+            _write_iceberg(config, results)
+            _print_summary(storage.read_json(results / outputs.SUCCESS))
+            return
 
     _check_model_file(run_path, MODEL_FILE[config.engine], identity["model_digest"])
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
-    check_same_listing(results / outputs.WORK, listing)
+    check_same_listing(results / outputs.WORK, _without_retried(listing, results / outputs.WORK))
     files = {"listing.parquet": storage.write_table(results / "listing.parquet", listing)}
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
+    facts = {
+        "listing_digest": listing_digest(listing),
+        "is_synthetic": any("SYNTHETIC" in name for name in listing["image_id"].slice(0, 1000).to_pylist()),
+    }
+    n_files = listing.num_rows
     listed = time.monotonic()
     with ray_session():
-        connected = time.monotonic()
+        connected, connected_at = time.monotonic(), time.time()
         plan = ScoringPlan(
             model_file=storage.as_url(run_path / MODEL_FILE[config.engine]),
             engine=config.engine,
             image_size=trained["image_size"],
             batch_size=config.batch_size,
-            n_threads=1,
+            n_threads=config.cpus_per_actor,
+            use_gpu=config.gpus_per_actor > 0,
             threshold=trained["threshold"],
+            temperature=_temperature(run_path),
+            novelty_file=storage.as_url(run_path / "novelty.npz"),
             model=trained["model"],
             run_id=trained["run_id"],
         )
-        n_scored = _score_all(listing, results, plan, n_actors=config.num_actors or n_cpus())
+        pool = _pool(config)
+        n_scored = _score_all(listing, results, plan, config, pool)
+    del listing  # what the driver holds grows with the archive: no more of it than is needed
     scored = time.monotonic()
 
-    rows = _scored_rows(results, listing)
-    files |= _publish(rows, results)
+    with _scored_rows(results, n_files) as rows:
+        files |= _publish(rows, results)
+        counts = _counts(rows)
+        rates = _rates(rows, since=connected_at, seconds=scored - connected, n_actors=pool[1]) if n_scored else {}
     files |= _copy_run(run_path, results)
-    counts = _counts(rows)
     _check_bad_fraction(counts, results, config.max_bad_fraction)
     _write_iceberg(config, results)
     outputs.finish(
@@ -171,15 +214,16 @@ def run(config: Config) -> None:
         run_id=trained["run_id"],
         model=trained["model"],
         threshold=trained["threshold"],
-        listing_digest=listing_digest(listing),
-        is_synthetic=any("SYNTHETIC" in image_id for image_id in listing["image_id"].slice(0, 1000).to_pylist()),
+        **facts,
         timings={
             "listing_s": round(listed - begun, 2),
             "ray_start_s": round(connected - listed, 2),
             "scoring_s": round(scored - connected, 2),
+            "publishing_s": round(time.monotonic() - scored, 2),
             "total_s": round(time.monotonic() - begun, 2),
             "images_scored": n_scored,
             "images_per_second": round(n_scored / (scored - connected), 1),
+            **rates,
         },
     )
     _print_summary(storage.read_json(results / outputs.SUCCESS))
@@ -194,6 +238,10 @@ def _check_model_file(run_path: UPath, name: str, digest: str) -> None:
         raise ModelError(
             f"{run_path / name} is not the file that training wrote (its SHA-256 differs); restore it or train anew"
         )
+
+
+def _temperature(run_path: UPath) -> float:
+    return Validation.from_dict(storage.read_json(run_path / "validation.json")).calibration.temperature
 
 
 def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"]) -> pa.Table:
@@ -211,92 +259,88 @@ def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"])
     return kept.set_column(0, "key", pa.array(np.arange(kept.num_rows)))
 
 
-class _Scorer:
-    """One actor: reads, decodes and scores in the same process, so that pixels are never copied between processes."""
-
-    def __init__(self, plan: ScoringPlan):
-        self.plan = plan
-        model = storage.locate(plan.model_file).read_bytes()
-        self.engine = open_engine(plan.engine, model, n_threads=plan.n_threads, batch_size=plan.batch_size)
-
-    def __call__(self, listing: pa.Table) -> pa.Table:
-        plan = self.plan
-        cells = read_cells(listing, image_size=plan.image_size)
-        ok = pc.equal(cells.table["status"], OK).to_numpy()
-        scores = np.zeros(len(ok), np.float32)
-        scores[ok] = self.engine.score(cells.pixels)
-        n = cells.table.num_rows
-        return (
-            cells.table.append_column("key", listing["key"])
-            .append_column("score", pa.array(scores, mask=~ok))
-            .append_column(
-                "predicted_label", pa.array((scores >= np.float32(plan.threshold)).astype(np.int8), mask=~ok)
-            )
-            .append_column("model", pa.repeat(plan.model, n))
-            .append_column("run_id", pa.repeat(plan.run_id, n))
+def _pool(config: Config) -> tuple[int, int]:
+    """Least and most scoring actors. Raises: `ConfigError` where the cluster has no GPU for one of them."""
+    if not config.gpus_per_actor:
+        return config.actor_range or (max(1, n_cpus() // config.cpus_per_actor),) * 2
+    n_gpus = ray.cluster_resources().get("GPU", 0)
+    if n_gpus < config.gpus_per_actor and not config.num_actors:  # else nodes with GPUs may still be to start
+        raise ConfigError(
+            f"--gpus-per-actor {config.gpus_per_actor:g}: the cluster has {n_gpus:g} GPUs; leave the flag away, or "
+            "give --num-actors where nodes with GPUs are started when they are asked for"
         )
+    probe = ray.remote(gpu_fault).options(num_gpus=config.gpus_per_actor, num_cpus=0)
+    fault = ray.get(probe.remote(config.engine))
+    if fault:
+        log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
+    return config.actor_range or (max(1, int(n_gpus / config.gpus_per_actor)),) * 2
 
 
-def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, *, n_actors: int) -> int:
+def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Config, pool: tuple[int, int]) -> int:
     """Scores what no earlier run finished, and leaves the rows in the work folder; returns how many were scored now."""
     work = results / outputs.WORK
-    if not (work / "blocks.json").exists():
-        # One small file a block: a kill costs an actor one block, and Ray reads each as it is (STACK.md, trap 7).
-        n_blocks = 0
-        for n_blocks, block in enumerate(shards(listing, _block_rows(listing.num_rows, n_actors)), start=1):
-            storage.write_table(work / "listing" / storage.part_name(n_blocks - 1), block)
-        storage.write_json(work / "blocks.json", {"n_blocks": n_blocks})
-    n_before = _n_rows((work / "scored").glob("*.parquet")) if (work / "scored").exists() else 0
-    todo: int = listing.num_rows - n_before
-    if n_before:
-        log.info("%s of %s images were scored before", f"{n_before:,}", f"{listing.num_rows:,}")
-    if todo <= 0:
+    done = ledger.keys_done(work)
+    if len(done):
+        log.info("%s of %s images were scored before", f"{len(done):,}", f"{listing.num_rows:,}")
+        listing = listing.filter(pc.invert(pc.is_in(listing["key"], value_set=pa.array(done))))
+    n_left: int = listing.num_rows
+    if not n_left:
         return 0
+    rows = _block_rows(n_left, pool[1], plan.batch_size)
+    tail = 2 * pool[1] * rows
+    blocks = ledger.write_blocks(listing, work, block_rows=rows, tail_rows=tail, multiple=plan.batch_size)
+    del listing
     filesystem, root = storage.arrow_filesystem(work)
     context = DataContext.get_current()
-    context.checkpoint_config = CheckpointConfig(
-        id_column="key",
-        checkpoint_path=f"{root}/checkpoint",
-        override_filesystem=filesystem,
-        delete_checkpoint_on_success=False,  # _publish still needs to know what is done, should it be killed
-    )
+    context.checkpoint_config = ledger.checkpoint_of(work)
+    actors: dict[str, Any] = {
+        "compute": ActorPoolStrategy(min_size=min(pool[0], len(blocks)), max_size=min(pool[1], len(blocks))),
+        "num_cpus": _ACTOR_CPUS if plan.n_threads == 1 else plan.n_threads,
+    }
+    as_tables: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     try:
-        blocks = storage.parts(work / "listing")
-        dataset = ray.data.read_parquet(
-            f"{root}/listing",
-            filesystem=filesystem,
-            override_num_blocks=len(blocks),
-            num_cpus=_TASK_CPUS,
-        ).map_batches(
-            _Scorer,
-            fn_constructor_args=(plan,),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(n_actors, len(blocks))),
-            num_cpus=_ACTOR_CPUS,
-        )
-        with _watched(work / "scored", todo):
+        source = ledger.BlockSource(blocks)
+        if plan.use_gpu:
+            dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), num_cpus=1)
+            dataset = dataset.map_batches(
+                decode_block, fn_kwargs={"image_size": plan.image_size}, num_cpus=1, **as_tables
+            )
+            actors |= {"num_cpus": _TASK_CPUS, "num_gpus": config.gpus_per_actor, "batch_size": rows}
+        else:  # the same resources as the actors': Ray then makes one operator of reading and scoring
+            dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), num_cpus=actors["num_cpus"])
+        dataset = dataset.map_batches(Scorer, fn_constructor_args=(plan,), **as_tables | actors)
+        with _watched(work, n_left):
             dataset.write_parquet(f"{root}/scored", filesystem=filesystem, ray_remote_args={"num_cpus": _TASK_CPUS})
+        log.debug("%s", dataset.stats())
     finally:
         context.checkpoint_config = None
-    return todo
+    return n_left
 
 
 @contextmanager
-def _watched(scored: UPath, n_files: int) -> Iterator[None]:
-    """Shows progress by the rows that reach storage: the only images that count as done."""
+def _watched(work: UPath, n_files: int) -> Iterator[None]:
+    """Shows progress by the rows that are committed to storage: the only images that count as done."""
     is_over = threading.Event()
-    known = {file.name for file in scored.glob("*.parquet")} if scored.exists() else set()
+    known = ledger.committed_files(work).keys()
+    n_bad = 0
+
+    def look(report: Any) -> None:
+        nonlocal known, n_bad
+        files = ledger.committed_files(work)
+        for rows in ledger.read_files([files[name] for name in files.keys() - known], ["status"]):
+            n_bad += rows.num_rows - pc.sum(pc.equal(rows["status"], OK)).as_py()
+            report(rows.num_rows, f"{n_bad:,} in quarantine" if n_bad else "")
+        known = files.keys()
 
     def watch() -> None:
         is_last = False
         with progress("screen", n_files) as report:
             while not is_last:
                 is_last = is_over.wait(_WATCH_EVERY_S)
-                for file in scored.glob("*.parquet") if scored.exists() else ():
-                    if file.name not in known:
-                        known.add(file.name)
-                        report(_n_rows([file]))
+                try:
+                    look(report)
+                except Exception as error:  # a look that storage refused: the next one sees the same files
+                    log.debug("progress is not known: %s", error)
 
     watcher = threading.Thread(target=watch, name="progress", daemon=True)
     watcher.start()
@@ -307,42 +351,58 @@ def _watched(scored: UPath, n_files: int) -> Iterator[None]:
         watcher.join()
 
 
-def _block_rows(n_rows: int, n_actors: int) -> int:
-    """Rows a block: several blocks an actor, so that all end at about the same time."""
-    return max(32, min(_BLOCK_ROWS, n_rows // (8 * n_actors)))
+def _block_rows(n_rows: int, n_actors: int, batch_size: int) -> int:
+    """Rows a block: several blocks an actor, and whole batches, for a padded one costs as much as a full one."""
+    rows = max(1, min(_BLOCK_ROWS, n_rows // (4 * n_actors)))
+    return max(1, rows // batch_size) * batch_size
 
 
-def _n_rows(files: Iterable[UPath]) -> int:
-    return sum(pq.read_metadata(pa.BufferReader(file.read_bytes())).num_rows for file in files)
+@contextmanager
+def _scored_rows(results: UPath, n_files: int) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database with all scored rows in the table `scored`, which lies on disk where it is large.
+
+    Raises: `InvariantError` unless they are the listing's, each exactly once.
+    """
+    files = ledger.committed_files(results / outputs.WORK)
+    tables: Iterator[pa.Table] = ledger.read_files([files[name] for name in sorted(files)])
+    batches = (batch for table in tables for batch in table.select(SCORED.names).cast(SCORED).to_batches())
+    with tempfile.TemporaryDirectory(prefix="malaria_ray-") as folder, duckdb.connect(f"{folder}/scored.db") as rows:
+        rows.execute(f"SET memory_limit = '{_SORT_MEMORY}'; SET temp_directory = '{folder}'; SET TimeZone = 'UTC'")
+        rows.register("stream", pa.RecordBatchReader.from_batches(SCORED, batches))
+        rows.execute("CREATE TABLE scored AS SELECT * FROM stream")
+        rows.unregister("stream")
+        found = _one(rows, "SELECT count(*), count(DISTINCT key), min(key), max(key) FROM scored")
+        if found != (n_files, n_files, 0, n_files - 1):
+            raise InvariantError(
+                f"{found[0]:,} rows were scored of {n_files:,} files, {found[1]:,} of them different; {results} is not "
+                "published: keep it and report this"
+            )
+        yield rows
 
 
-def _scored_rows(results: UPath, listing: pa.Table) -> pa.Table:
-    """All scored rows. Raises: `InvariantError` unless they are the listing's, each exactly once."""
-    files = sorted((results / outputs.WORK / "scored").glob("*.parquet"), key=lambda path: path.name)
-    rows = storage.concat([pq.read_table(pa.BufferReader(file.read_bytes())) for file in files]).sort_by("key")
-    if not rows["key"].equals(listing["key"]):
-        raise InvariantError(
-            f"{rows.num_rows:,} rows were scored of {listing.num_rows:,} files, "
-            f"{pc.count_distinct(rows['key']).as_py():,} of them "
-            f"different; {results} is not published: keep it and report this"
-        )
-    return rows
+def _one(rows: duckdb.DuckDBPyConnection, query: str, *parameters: Any) -> tuple[Any, ...]:
+    """The one row that a query gives. Fetched whole: DuckDB takes no other query before the end of one."""
+    [row] = rows.execute(query, parameters).fetchall()
+    return row
 
 
-def _publish(rows: pa.Table, results: UPath) -> dict[str, FileRecord]:
+def _publish(rows: duckdb.DuckDBPyConnection, results: UPath) -> dict[str, FileRecord]:
     """Writes predictions/ and quarantine/, sorted by patient and image, in few files."""
-    rows = rows.sort_by([("patient_id", "ascending"), ("image_id", "ascending")])
-    is_ok = pc.equal(rows["status"], OK)
-    predictions = rows.filter(is_ok).select(PREDICTIONS.names).cast(PREDICTIONS.arrow_schema())
-    bad = rows.filter(pc.invert(is_ok)).rename_columns({"status": "reason"})
-    quarantine = bad.append_column("stage", pa.repeat("screen", bad.num_rows))
-    quarantine = quarantine.select(QUARANTINE.names).cast(QUARANTINE.arrow_schema())
-    files: dict[str, FileRecord] = {}
-    for folder, table in (("predictions", predictions), ("quarantine", quarantine)):
-        storage.remove(results / folder)  # a killed earlier attempt at publishing may have left more parts
-        for index, part in enumerate(shards(table, _PART_ROWS) if table.num_rows else [table]):
-            name = f"{folder}/{storage.part_name(index)}"
-            files[name] = storage.write_table(results / name, part)
+    reasons = f"SELECT *, 'screen' AS stage, status AS reason FROM scored WHERE status != '{OK}'"
+    return {
+        **_publish_table(rows, f"SELECT * FROM scored WHERE status = '{OK}'", results, PREDICTIONS),
+        **_publish_table(rows, reasons, results, QUARANTINE),
+    }
+
+
+def _publish_table(rows: duckdb.DuckDBPyConnection, query: str, results: UPath, table: Table) -> dict[str, FileRecord]:
+    storage.remove(results / table.name)  # a killed earlier attempt at publishing may have left more parts
+    schema, files = table.arrow_schema(), dict[str, FileRecord]()
+    columns = ", ".join(table.names)
+    ordered = f"SELECT {columns} FROM ({query}) ORDER BY patient_id NULLS LAST, image_id"
+    for part in _parts(rows.sql(ordered).to_arrow_reader(_PART_ROWS // 10), _PART_ROWS):
+        name = f"{table.name}/{storage.part_name(len(files))}"
+        files[name] = storage.write_table(results / name, part.cast(schema))
     return files
 
 
@@ -352,25 +412,138 @@ def _write_iceberg(config: Config, results: UPath) -> None:
         iceberg.upsert_predictions(results, catalog=config.iceberg_catalog, table=config.iceberg_table)
 
 
+def _parts(batches: pa.RecordBatchReader, n_rows: int) -> Iterator[pa.Table]:
+    """The rows in tables of `n_rows`; one without rows where there are none."""
+    waiting = batches.schema.empty_table()
+    is_first = True
+    for batch in batches:
+        waiting = pa.concat_tables([waiting, pa.table(batch)])
+        while waiting.num_rows >= n_rows:
+            yield waiting.slice(0, n_rows)
+            waiting, is_first = waiting.slice(n_rows), False
+    if waiting.num_rows or is_first:
+        yield waiting
+
+
+def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
+    """Makes finished results unfinished, with all rows done but those to try again; False where there are none.
+
+    The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
+    results are as they were; after it, the same command, or one without the flag, finishes them.
+    """
+    work = results / outputs.WORK
+    with duckdb.connect() as tables:
+        for name in ("predictions", "quarantine", "listing"):
+            path = results / (name if name != "listing" else "listing.parquet")
+            tables.register(name, storage.read_table(path))
+        again = "true" if which == "all" else f"reason = '{Reason.UNREADABLE}'"
+        n_again, n_kept = _one(
+            tables, f"SELECT count(*) FILTER ({again}), count(*) FILTER (NOT ({again})) FROM quarantine"
+        )
+        if not n_again:
+            log.info("%s: no quarantined file to try again (%d of other reasons)", results, n_kept)
+            return False
+        usable = ", ".join(f"predictions.{name}" for name in PREDICTIONS.names)
+        refused = ", ".join(_of_refused(name) for name in PREDICTIONS.names)
+        rows: Any = tables.sql(f"""
+            SELECT {usable}, key, '{OK}' AS status, NULL AS detail, n_bytes,
+                   0 AS read_s, 0 AS score_s, 0 AS scored_at
+            FROM predictions JOIN listing USING (image_id)
+            UNION ALL
+            SELECT {refused}, key, reason, detail, quarantine.n_bytes, 0, 0, 0
+            FROM quarantine JOIN listing USING (image_id) WHERE NOT ({again})
+        """).to_arrow_table()
+        listing = tables.sql("SELECT * FROM listing ORDER BY key").to_arrow_table()
+        retried = tables.sql(f"SELECT image_id FROM quarantine WHERE {again}").to_arrow_table()
+    storage.remove(work)
+    ledger.reopen(work, rows.select(SCORED.names).cast(SCORED))
+    storage.write_table(work / "retried.parquet", retried)
+    check_same_listing(work, _without_retried(listing, work))
+    storage.remove(results / outputs.SUCCESS)
+    for name in ("metrics", "patients", "report"):  # made from the predictions that were
+        if (results / name).exists():
+            log.info("%s told of the predictions before and is removed; make it again", results / name)
+            storage.remove(results / name)
+    log.info("%s: %s quarantined files are tried again", results, f"{n_again:,}")
+    return True
+
+
+def _without_retried(listing: pa.Table, work: UPath) -> pa.Table:
+    """The listing without the sizes of the files that are tried again: those may have been mended meanwhile."""
+    if not (work / "retried.parquet").exists():
+        return listing
+    retried = storage.read_table(work / "retried.parquet")["image_id"].combine_chunks()
+    sizes = pc.if_else(pc.is_in(listing["image_id"], value_set=retried), None, listing["n_bytes"])
+    return listing.set_column(listing.schema.get_field_index("n_bytes"), "n_bytes", sizes)
+
+
+def _of_refused(name: str) -> str:
+    """The column of `SCORED` for a file in quarantine, of which little is known."""
+    known = {"image_id": "image_id", "content_digest": "content_digest", "patient_id": "patient_id", "label": "label"}
+    return known.get(name, "NULL") + f" AS {name}"
+
+
 def _copy_run(run_path: UPath, results: UPath) -> dict[str, FileRecord]:
     """Small facts of the run, so that results can be evaluated where the run is not: its splits, history and config."""
     files: dict[str, FileRecord] = {}
-    for name in ("splits.parquet", "history.parquet", "config.json", "_SUCCESS.json"):
+    for name in ("splits.parquet", "history.parquet", "validation.json", "config.json", "_SUCCESS.json"):
         target = results / "model" / name.lstrip("_")
         storage.write_bytes(target, (run_path / name).read_bytes())
         files[f"model/{target.name}"] = storage.record_of(target)
     return files
 
 
-def _counts(rows: pa.Table) -> dict[str, Any]:
-    reasons = Counter(status for status in rows["status"].to_pylist() if status != OK)
-    n_parasitized = pc.sum(rows["predicted_label"]).as_py() or 0
+def _counts(rows: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    by_status = dict(rows.execute("SELECT status, count(*) FROM scored GROUP BY status").fetchall())
+    n_scored = by_status.pop(OK, 0)
+    [n_called] = _one(rows, "SELECT coalesce(sum(predicted_label), 0)::BIGINT FROM scored")
     return {
-        "n_files": rows.num_rows,
-        "n_scored": rows.num_rows - sum(reasons.values()),
-        "n_quarantined": sum(reasons.values()),
-        "quarantine_reasons": dict(reasons.most_common()),
-        "n_called_parasitized": n_parasitized,
+        "n_files": n_scored + sum(by_status.values()),
+        "n_scored": n_scored,
+        "n_quarantined": sum(by_status.values()),
+        "quarantine_reasons": dict(Counter(by_status).most_common()),
+        "n_called_parasitized": n_called,
+    }
+
+
+def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_actors: int) -> dict[str, Any]:
+    """How fast each stage was, of the images scored now.
+
+    `alone`: the rate that the actors would reach did they nothing else, from the seconds that they spent in it. The
+    ceiling is 1 / (1/read + 1/score). `steady` leaves out the first and last tenth of the images.
+    """
+    n, first, read_s, score_s, low, high = _one(
+        rows,
+        """SELECT count(*), min(scored_at), sum(read_s::DOUBLE), sum(score_s::DOUBLE),
+                  quantile_disc(scored_at, 0.1), quantile_disc(scored_at, 0.9) FROM scored WHERE scored_at >= $1""",
+        since,
+    )
+    if not n:  # the clocks of the nodes differ by more than the run took
+        return {}
+    [n_steady] = _one(rows, "SELECT count(*) FROM scored WHERE scored_at > $1 AND scored_at <= $2", low, high)
+    [begun] = _one(
+        rows,
+        """SELECT min(scored_at - spent) FROM (SELECT scored_at, sum(read_s::DOUBLE + score_s) AS spent FROM scored
+           WHERE scored_at >= $1 GROUP BY scored_at)""",
+        since,
+    )
+    ceiling = n_actors * n / max(read_s + score_s, 1e-9)
+    steady = n_steady / (high - low) if high > low else n / seconds
+    stages = {
+        name: {
+            "alone_images_per_second": round(n_actors * n / max(spent, 1e-9), 1),
+            "percent_of_it_reached": round(100 * n / seconds / (n_actors * n / max(spent, 1e-9)), 1),
+        }
+        for name, spent in (("read_and_decode", read_s), ("score", score_s))
+    }
+    return {
+        "first_block_begun_s": round(begun - since, 2),
+        "first_image_scored_s": round(first - since, 2),
+        "steady_images_per_second": round(steady, 1),
+        "ceiling_images_per_second": round(ceiling, 1),
+        "percent_of_ceiling": round(100 * n / seconds / ceiling, 1),
+        "steady_percent_of_ceiling": round(100 * steady / ceiling, 1),
+        "stages": stages,
     }
 
 

@@ -14,7 +14,7 @@ from stages.killing import run_and_kill
 from malaria_ray.errors import ConfigError, DirectoryError, ModelError, NotCompleteError, TooManyBadImagesError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import PREDICTIONS
-from malaria_ray.stages import ingest, screen, verify
+from malaria_ray.stages import ingest, ledger, screen, verify
 
 
 def screen_of(source: Path, results: Path, run: Path, **flags) -> pd.DataFrame:
@@ -46,7 +46,7 @@ def test_scores_do_not_depend_on_actors_or_on_the_order_of_the_archive(line: Lin
     with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "cells.zip", "w") as reordered:
         for name in reversed(original.namelist()):
             reordered.writestr(name, original.read(name))
-    again = screen_of(tmp_path / "cells.zip", tmp_path / "results", line.run, num_actors=1)
+    again = screen_of(tmp_path / "cells.zip", tmp_path / "results", line.run, num_actors="1")
     np.testing.assert_array_equal(again["score"], predictions_of(line.results)["score"])
 
 
@@ -101,12 +101,12 @@ def test_a_second_run_changes_nothing_and_says_so(line: Line, copy_of, caplog: p
 def test_killed_in_the_middle_and_run_again_every_image_stands_once(line: Line, tmp_path: Path):
     archive = write_archive(tmp_path / "cells.zip", n_patients=40, n_cells_per_patient=60)
     arguments = ["screen", str(archive), str(tmp_path / "killed"), "--model", str(line.run)]
-    run_and_kill(arguments, when=tmp_path / "killed/_work/scored/*.parquet")
-    n_before = sum(pq.read_metadata(file).num_rows for file in (tmp_path / "killed/_work/scored").glob("*.parquet"))
+    run_and_kill(arguments, when=tmp_path / "killed/_work/checkpoint/*[0-9].parquet")
+    n_before = len(ledger.keys_done(storage.locate(str(tmp_path / "killed/_work"))))
     assert 0 < n_before < 2400
     killed = screen_of(archive, tmp_path / "killed", line.run)
     timings = storage.read_json(storage.locate(str(tmp_path / "killed/_SUCCESS.json")))["timings"]
-    assert timings["images_scored"] < 2400, "what was finished before the kill is not scored again"
+    assert timings["images_scored"] == 2400 - n_before, "what was finished before the kill is not scored again"
     pd.testing.assert_frame_equal(killed, screen_of(archive, tmp_path / "undisturbed", line.run))
     verify.run(verify.Config(directory=str(tmp_path / "killed")))
 

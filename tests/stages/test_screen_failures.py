@@ -1,0 +1,247 @@
+"""A screening in bad company: killed actors, full disks, files that storage does not give; and what operators see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+from stages.conftest import Line, content, write_archive
+from stages.test_screen import predictions_of, screen_of
+
+from malaria_ray.errors import ConfigError
+from malaria_ray.runtime import storage
+from malaria_ray.stages import ledger, screen, verify
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_archive(tmp_path_factory.mktemp("many") / "cells.zip", n_copies=10)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(line: Line, many: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return screen_of(many, tmp_path_factory.mktemp("undisturbed") / "results", line.run)
+
+
+def scorers() -> list[psutil.Process]:
+    """Scoring actors of this process's own Ray."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.is_running() and "MapWorker" in " ".join(process.cmdline())
+    ]
+
+
+def test_an_actor_killed_in_mid_run_costs_no_image(line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path):
+    results, killed = tmp_path / "results", []
+
+    def kill_one() -> None:
+        while not ledger.committed_files(storage.locate(str(results / "_work"))):
+            time.sleep(0.02)
+        victim = scorers()[0]
+        killed.append(victim.pid)
+        victim.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    again = screen_of(many, results, line.run)
+    killer.join(timeout=10)
+    assert killed, "no actor was alive after the first rows: give it more images"
+    pd.testing.assert_frame_equal(again, undisturbed)
+    verify.run(verify.Config(directory=str(results)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own with 400 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets us mount no disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_in_one_line_and_with_more_room_it_goes_on(
+    line: Line, many: Path, undisturbed: pd.DataFrame, small_disk: Path
+):
+    with pytest.raises(Exception, match="No space left on device"):
+        screen_of(many, small_disk / "results", line.run)
+    n_done = len(ledger.keys_done(storage.locate(str(small_disk / "results/_work"))))
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    pd.testing.assert_frame_equal(screen_of(many, small_disk / "results", line.run), undisturbed)
+    timings = storage.read_json(storage.locate(str(small_disk / "results/_SUCCESS.json")))["timings"]
+    assert timings["images_scored"] == len(undisturbed) - n_done
+    verify.run(verify.Config(directory=str(small_disk / "results")))
+
+
+@pytest.mark.slow
+def test_an_object_store_that_goes_away_stops_in_one_line_and_when_it_is_back_it_goes_on(
+    line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
+):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                          aws_access_key_id="test", aws_secret_access_key="test")  # fmt: skip
+    client.create_bucket(Bucket="failing")
+    command = [sys.executable, "-m", "malaria_ray", "screen", str(many), "s3://failing/results", "--model"]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, str(line.run)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def n_notes() -> int:
+        found = client.list_objects_v2(Bucket="failing", Prefix="results/_work/checkpoint/").get("Contents", [])
+        return sum(not item["Key"].endswith(".pending.parquet") for item in found)
+
+    first = start()
+    while not n_notes():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    server.stop()
+    output = first.communicate(timeout=500)[0]
+    assert first.returncode == 1, output
+    assert output.strip().splitlines()[-1].startswith("malaria-ray screen: "), output
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)  # what was stored is still there
+    server.start()
+    second = start()
+    output = second.communicate(timeout=500)[0]
+    assert second.returncode == 0, output
+    assert "images were scored before" in output
+    for item in client.list_objects_v2(Bucket="failing", Prefix="results/predictions/")["Contents"]:
+        target = tmp_path / "results" / Path(item["Key"]).relative_to("results")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        client.download_file("failing", item["Key"], str(target))
+    server.stop()
+    pd.testing.assert_frame_equal(predictions_of(tmp_path / "results"), undisturbed)
+
+
+@pytest.fixture
+def with_a_hole(line: Line, tmp_path: Path) -> Path:
+    """A folder of ten cells, of which one is not to be had, and a file that is no image."""
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    with zipfile.ZipFile(line.archive) as cells:
+        for name in cells.namelist()[:10]:
+            (archive / Path(name).name).write_bytes(cells.read(name))
+    first = min(archive.iterdir())
+    first.rename(tmp_path / "away.png")
+    first.symlink_to(tmp_path / "nowhere.png")
+    (archive / "Thumbs.db").write_bytes(b"no image")
+    return archive
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_quarantined_files_are_scored_again_and_nothing_else(
+    line: Line, with_a_hole: Path, tmp_path: Path, is_killed: bool, caplog: pytest.LogCaptureFixture
+):
+    results = tmp_path / "results"
+    before = screen_of(with_a_hole, results, line.run)
+    assert len(before) == 9
+    (tmp_path / "away.png").rename(tmp_path / "nowhere.png")
+    if is_killed:  # just after the results became unfinished; the command without the flag finishes them
+        assert screen._reopen(storage.locate(str(results)), "unreadable")
+        after = screen_of(with_a_hole, results, line.run)
+    else:
+        after = screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
+    assert len(after) == 10
+    pd.testing.assert_frame_equal(after.loc[before.index], before)
+    success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
+    assert success["timings"]["images_scored"] == 1
+    quarantine = pq.read_table(results / "quarantine/part-00000.parquet").to_pylist()
+    assert [(row["image_id"], row["reason"]) for row in quarantine] == [("Thumbs.db", "not_an_image")]
+    verify.run(verify.Config(directory=str(results)))
+    kept = content(results)
+    screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
+    assert content(results) == kept
+    assert "no quarantined file to try again" in caplog.text
+
+
+def test_what_operators_watch_is_at_rays_own_endpoint(line: Line, with_a_hole: Path, tmp_path: Path):
+    screen_of(with_a_hole, tmp_path / "results", line.run)
+    [node] = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = (
+        "images_scored_total",
+        "images_called_parasitized_total",
+        "images_quarantined_total",
+        "batch_seconds_bucket",
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        page = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).read().decode()
+        missing = [name for name in wanted if f"ray_malaria_{name}{{" not in page]
+        if not missing or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert not missing
+    assert 'reason="unreadable"' in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"num_actors": "0"}, "--num-actors 0: allowed are N or MIN-MAX"),
+        ({"num_actors": "8-2"}, "--num-actors 8-2"),
+        ({"num_actors": "many"}, "--num-actors many"),
+        ({"cpus_per_actor": 0}, "--cpus-per-actor 0"),
+        ({"gpus_per_actor": 1.5}, "--gpus-per-actor 1.5: allowed are 0 to 1 and whole numbers"),
+        ({"retry_quarantined": "all", "overwrite": True}, "--retry-quarantined keeps what --overwrite would delete"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags: dict, said: str):
+    with pytest.raises(ConfigError, match=said):
+        screen.Config(source="a", results="b", model="c", **flags)
+
+
+def test_tasks_on_cpus_feed_actors_on_gpus(line: Line, with_a_hole: Path, tmp_path: Path, caplog):
+    """Without CUDA the network is computed on the CPU, which one line says; all else goes the way of a GPU."""
+    pd.testing.assert_frame_equal(
+        screen_of(with_a_hole, tmp_path / "gpu", line.run, gpus_per_actor=0.5, batch_size=8),
+        screen_of(with_a_hole, tmp_path / "cpu", line.run, batch_size=8),
+    )
+    assert "ONNX Runtime has no CUDAExecutionProvider here" in caplog.text
+    verify.run(verify.Config(directory=str(tmp_path / "gpu")))
+
+
+def test_more_gpus_than_the_cluster_has_are_refused_in_one_line(line: Line, tmp_path: Path):
+    with pytest.raises(ConfigError, match="--gpus-per-actor 2: the cluster has 1 GPUs"):
+        screen_of(line.archive, tmp_path / "results", line.run, gpus_per_actor=2)
+
+
+def test_a_pool_may_grow(line: Line, tmp_path: Path):
+    pd.testing.assert_frame_equal(
+        screen_of(line.archive, tmp_path / "results", line.run, num_actors="1-2"), predictions_of(line.results)
+    )
+
+
+def test_rates_of_each_stage_are_in_the_results(line: Line):
+    timings = storage.read_json(storage.locate(str(line.results / "_SUCCESS.json")))["timings"]
+    assert 0 < timings["first_image_scored_s"] <= timings["scoring_s"]
+    assert 0 < timings["percent_of_ceiling"] < 110
+    assert set(timings["stages"]) == {"read_and_decode", "score"}
+    assert all(stage["alone_images_per_second"] > 0 for stage in timings["stages"].values())
