@@ -78,7 +78,7 @@ def image_columns(
     `raw_scores`: float32 (n,), 0..1; `features`: float32 (n, k); `sides`: n rows of width and height before resizing;
     `pixels`: uint8 (n, size, size, 3), RGB. Each column has n values.
     """
-    scores = calibrate(raw_scores, learnt.temperature)
+    scores = calibrate(raw_scores, learnt.temperature) if len(raw_scores) else raw_scores
     is_called = scores >= np.float32(learnt.threshold)
     measured = zip(pixels, sides["width"].to_pylist(), sides["height"].to_pylist(), strict=True)
     found = [flags(quality(image, width=width, height=height)) for image, width, height in measured]
