@@ -84,13 +84,11 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
     for split, cells in labelled.groupby(split_of(labelled, results)):
         rows += _metric_rows(cells, str(split), threshold=threshold, config=config)
     metrics = pd.DataFrame(rows, columns=METRICS.names).assign(model=success["model"])
-    return {
-        f"{folder}/{storage.part_name(0)}": storage.write_table(
-            results / folder / storage.part_name(0),
-            pa.Table.from_pandas(frame, schema=table.arrow_schema(), preserve_index=False),
-        )
-        for folder, table, frame in (("metrics", METRICS, metrics), ("patients", PATIENTS, patients))
-    }
+    files: dict[str, storage.FileRecord] = {}
+    for table, frame in ((METRICS, metrics), (PATIENTS, patients)):
+        rows = pa.Table.from_pandas(frame, schema=table.arrow_schema(), preserve_index=False)
+        files |= outputs.write_table(results, f"{table.name}/{storage.part_name(0)}", rows, stage="screen")
+    return files
 
 
 def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
