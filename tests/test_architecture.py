@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # In stages/, but no stages: they have no `run` and write nothing; what several stages show is drawn and asked for here.
-STAGE_HELPERS = {"charts", "croissant", "figures", "galleries", "pictures", "views"}
+STAGE_HELPERS = {"charts", "comparison", "croissant", "figures", "galleries", "pages", "pictures", "views"}
 
 
 def layer_of(path: Path) -> str:

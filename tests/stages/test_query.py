@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +21,7 @@ from stages.conftest import Line
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError, QueryError
 from malaria_ray.runtime import storage
-from malaria_ray.schema import METRICS, PATIENTS, PREDICTIONS, QUARANTINE
+from malaria_ray.schema import METRICS, PATIENTS, PREDICTIONS
 from malaria_ray.stages import evaluate, query
 from malaria_ray.stages.views import catalog, connect, open_results
 
@@ -327,29 +328,12 @@ def test_spark_reads_the_same_sums_and_columns(two: tuple[str, str], tmp_path: P
     if shutil.which("java") is None:
         reason = "java is not here: apt-get install default-jre-headless"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
-    from pyspark.sql import SparkSession
-
-    builder = SparkSession.builder.master("local[1]").appName("malaria_ray tests")
-    for name, value in {
-        "spark.ui.enabled": "false",
-        "spark.driver.host": "127.0.0.1",
-        "spark.driver.bindAddress": "127.0.0.1",
-        "spark.sql.shuffle.partitions": "1",
-        "spark.sql.warehouse.dir": str(tmp_path),
-        "spark.driver.extraJavaOptions": f"-Duser.home={tmp_path}",
-    }.items():
-        builder = builder.config(name, value)
-    spark = builder.getOrCreate()
-    try:
-        spark.sparkContext.setLogLevel("ERROR")
-        for one in two:
-            predictions = spark.read.parquet(f"{one}/predictions")
-            assert predictions.columns == PREDICTIONS.names
-            predictions.createOrReplaceTempView("predictions")
-            assert tuple(spark.sql(_SUMS + "predictions").collect()[0]) == sums_of(one)
-        for folder, table in (("metrics", METRICS), ("patients", PATIENTS), ("quarantine", QUARANTINE)):
-            found = spark.read.parquet(f"{two[0]}/{folder}")
-            assert found.columns == table.names
-            assert found.count() == pq.read_table(f"{two[0]}/{folder}").num_rows
-    finally:
-        spark.stop()
+    folders = [f"{one}/predictions" for one in two] + [f"{two[0]}/{table.name}" for table in (METRICS, PATIENTS)]
+    command = [sys.executable, str(Path(__file__).with_name("spark_sums.py")), _SUMS + "rows", *folders]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)})
+    *predictions, metrics, patients = json.loads(said.stdout.splitlines()[-1])
+    assert [tuple(found["answer"]) for found in predictions] == [sums_of(one) for one in two]
+    assert {tuple(found["columns"]) for found in predictions} == {tuple(PREDICTIONS.names)}
+    for found, table in ((metrics, METRICS), (patients, PATIENTS)):
+        assert found["columns"] == table.names
+        assert found["answer"] == [pq.read_table(f"{two[0]}/{table.name}").num_rows]

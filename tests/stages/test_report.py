@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium, open_page, requested_urls
+from pages import Page
 from results import HOSTILE, cells, write_results
 from samples import noise
 from stages.conftest import Line, content
@@ -34,25 +34,6 @@ def reported(results: Path, *, is_evaluated: bool = True, **flags: Any) -> str:
 
 def page_of(results: Path) -> Path:
     return results / "report" / "index.html"
-
-
-class Page(HTMLParser):
-    """The tags of a page in order with their attributes, and its text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ if (dialog) {
 
   const show = (number) => {
     shown = (number + cells.length) % cells.length;
-    const picture = cells[shown].querySelector("img, .nothing").cloneNode(true);
+    const picture = cells[shown].querySelector(".pair").cloneNode(true);
     const facts = cells[shown].parentElement.querySelector("dl").cloneNode(true);
     facts.hidden = false;
     dialog.querySelector(".picture").replaceChildren(picture, facts);
