@@ -1,6 +1,7 @@
 """All side-by-side measurements: make bench."""
 
-from tests.benchmarks import ingest, listing
+from tests.benchmarks import ingest, listing, queries
 
 ingest.main()
 listing.main()
+queries.main()
