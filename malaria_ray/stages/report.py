@@ -19,7 +19,7 @@ from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label, Split
 from malaria_ray.stages import figures
 from malaria_ray.stages.croissant import croissant
-from malaria_ray.stages.galleries import find_galleries, pictures
+from malaria_ray.stages.galleries import find_galleries, find_review_galleries, pictures
 from malaria_ray.stages.pages import render, templates_digest
 from malaria_ray.stages.views import Results, absent_views, catalog, connect, open_results
 
@@ -103,6 +103,8 @@ def _page(results: Results, config: Config) -> str:
     trained = storage.read_json(results.path / "model" / "SUCCESS.json")
     split = _headline_split(connection)
     galleries = find_galleries(connection, split=split, n_each=config.thumbnails)
+    if "review" not in absent:
+        galleries += find_review_galleries(connection, n_each=config.thumbnails)
     images, without_image = pictures(connection, galleries, image_size=trained["image_size"])
     return render(
         "report.html",
@@ -191,14 +193,21 @@ def _confusion(connection: duckdb.DuckDBPyConnection, split: str | None) -> dict
 
 
 def _patients(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval."""
-    ((n,),) = connection.execute("SELECT count(*) FROM patients").fetchall()
+    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval, and the call
+    where any patient has one.
+    """
+    ((n, n_calls),) = connection.execute("SELECT count(*), count(call) FROM patients").fetchall()
     rows = connection.execute(
         "SELECT patient_id, label, n_cells, n_parasitized, round(parasitized_fraction, 4), round(ci_low, 4), "
-        f"round(ci_high, 4) FROM patients ORDER BY parasitized_fraction DESC, patient_id LIMIT {_MAX_PATIENTS}"
+        f"round(ci_high, 4){', call' if n_calls else ''} FROM patients "
+        f"ORDER BY parasitized_fraction DESC, patient_id LIMIT {_MAX_PATIENTS}"
     ).fetchall()
     names = {None: "no label"} | {label.value: label.name for label in Label}
-    return {"n": n, "rows": [[printable(patient), names[label], *numbers] for patient, label, *numbers in rows]}
+    return {
+        "n": n,
+        "has_calls": bool(n_calls),
+        "rows": [[printable(patient), names[label], *others] for patient, label, *others in rows],
+    }
 
 
 def _quarantine(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The tables of results directories as DuckDB views: what 'query' and 'report' ask, and what catalog.sql creates.
 
     runs           one row per results directory: its place among those given, model, threshold, source
-    predictions, quarantine, listing, metrics, patients, splits, history
+    predictions, quarantine, listing, metrics, patients, review, splits, history
                    the tables of schema.py, with the directory's name in a last column `results`
     cells          predictions with the split that the model knows each image by, the threshold and the outcome
 
@@ -29,6 +29,7 @@ from malaria_ray.schema import (
     PATIENTS,
     PREDICTIONS,
     QUARANTINE,
+    REVIEW,
     SCHEMA_VERSION,
     SPLITS,
     Table,
@@ -42,6 +43,7 @@ _PLACES: dict[str, tuple[Table, str, str]] = {
     "history": (HISTORY, "model/history.parquet", "screen"),
     "metrics": (METRICS, "metrics", "evaluate"),
     "patients": (PATIENTS, "patients", "evaluate"),
+    "review": (REVIEW, "review", "evaluate"),
 }
 """View: its table, the file or folder of parts in a results directory, the stage that writes it."""
 
@@ -141,11 +143,13 @@ def absent_views(results: Sequence[Results]) -> dict[str, str]:
     absent = {}
     for view, (_, _, stage) in _PLACES.items():
         if lacking := [one for one in results if not one.files(view)]:
-            absent[view] = (
-                f"there is no table {view} in {lacking[0].path}; run 'malaria-ray {stage}' on it"
-                if stage == "evaluate"
-                else f"the table {view} is missing in {lacking[0].path}; 'malaria-ray verify' says what else is"
-            )
+            path = lacking[0].path
+            if stage != "evaluate":
+                absent[view] = f"the table {view} is missing in {path}; 'malaria-ray verify' says what else is"
+            elif (path / "metrics" / outputs.SUCCESS).exists():
+                absent[view] = f"there is no table {view} in {path}: the 'malaria-ray evaluate' that ran wrote none"
+            else:
+                absent[view] = f"there is no table {view} in {path}; run 'malaria-ray {stage}' on it"
     return absent
 
 
@@ -204,6 +208,9 @@ _SQL_TYPES = {
     "int64": "BIGINT",
     "float": "FLOAT",
     "double": "DOUBLE",
+    "bool": "BOOLEAN",
+    "list<element: string>": "VARCHAR[]",
+    "list<item: string>": "VARCHAR[]",
 }
 
 
