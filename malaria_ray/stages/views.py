@@ -161,7 +161,7 @@ def _create_views(results: Sequence[Results], name_of: Any) -> str:
             of_each = (_select(one, view, name_of) for one in results)
             statements.append(f"CREATE OR REPLACE VIEW {view} AS\n" + "\nUNION ALL BY NAME\n".join(of_each) + ";\n")
         else:
-            statements.append(f"-- {_comment(absent[view])}\n")
+            statements.append(f"-- There is no table {view} here.\n")
     if not {"predictions", "splits"} & absent.keys():
         statements.append(_CELLS)
     return "\n".join(statements)

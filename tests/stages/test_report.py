@@ -214,6 +214,7 @@ def test_the_patient_table_sorts_filters_and_turns_pages(made: Path, browser: An
 
 def test_galleries_open_step_and_close_by_keyboard(made: Path, browser: Any):
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
 
     open_page(browser, page_of(made))
     first, second = find_all(browser, ".cell")[:2]
@@ -227,7 +228,7 @@ def test_galleries_open_step_and_close_by_keyboard(made: Path, browser: Any):
     assert find(browser, "dialog bdi").text != shown
     find(browser, "dialog button").send_keys(Keys.ESCAPE)
     assert dialog.get_attribute("open") is None
-    assert browser.switch_to.active_element == second
+    WebDriverWait(browser, 20).until(lambda page: page.switch_to.active_element == second)  # a page is told later
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
