@@ -200,6 +200,18 @@ def test_the_same_on_an_object_store(two: tuple[str, str], s3):
     local = ask(two[:1], example="positives-per-patient")
     remote = ask(("s3://cells-bucket/run[1]",), example="positives-per-patient")
     assert remote.drop(columns="results").equals(local.drop(columns="results"))
+    sql = "SELECT results, sum(score) AS s FROM predictions GROUP BY ALL"
+    query.run(
+        query.Config(
+            results_and_sql=("s3://cells-bucket/run[1]", two[1], sql),
+            format="parquet",
+            output="s3://cells-bucket/new/answer.parquet",
+        )
+    )
+    written = s3.get_object(Bucket="cells-bucket", Key="new/answer.parquet")["Body"].read()
+    sums = pq.read_table(BytesIO(written)).to_pandas().set_index("results")["s"]
+    assert sums["run[1]"] == pytest.approx(predictions_of(two[0])["score"].astype(float).sum())
+    assert sums["second"] == pytest.approx(predictions_of(two[1])["score"].astype(float).sum())
 
 
 def test_answers_come_as_csv_json_and_parquet(two: tuple[str, str], tmp_path: Path, capfdbinary):
