@@ -127,12 +127,7 @@ def layout(in_order: str, shuffled: str) -> list[dict[str, object]]:
             "SELECT max(score), min(image_id) FROM predictions WHERE patient_id = $1 AND image_id LIKE '%7.png'",
         ),
     ):
-        seconds = [
-            statistics.median(
-                timed(lambda one=one, of=of, sql=sql: one.execute(sql, [of]).fetchall()) for of in patients
-            )
-            for one in sides
-        ]
+        seconds = [statistics.median(timed(one, sql, patient) for patient in patients) for one in sides]
         rows.append({"what": what, "sorted": seconds[0], "shuffled": seconds[1], "unit": "s"})
     sizes = [sum(file.stat().st_size for file in Path(one, "predictions").iterdir()) for one in (in_order, shuffled)]
     rows.append({"what": "bytes of predictions/", "sorted": sizes[0], "shuffled": sizes[1], "unit": "bytes"})
