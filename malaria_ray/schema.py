@@ -457,3 +457,15 @@ TABLES: dict[str, Table] = {
         PACKED,
     )
 }
+
+REPEATED_COLUMNS = frozenset(
+    {
+        *("label", "patient_id", "status", "stage", "reason", "split", "predicted_label", "suggested_label", "model"),
+        *("run_id", "level", "metric", "call", "reasons", "quality_flags", "container", "method"),
+    }
+)
+"""Columns of few distinct values, which Parquet files keep as dictionaries; of ids and numbers one only costs space."""
+
+PROVENANCE = "malaria_ray.provenance"
+"""Key of a Parquet footer: JSON with the stage, what decided the result (digests of model and input, options), the
+version and digest of the code, and the versions of packages."""

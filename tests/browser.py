@@ -42,6 +42,7 @@ def chromium() -> Iterator[Any]:
             options.add_argument(flag)
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
         try:
+            browser.get("about:blank")  # else Chromium's own first page is still asking for its parts in the first test
             yield browser
         finally:
             browser.quit()

@@ -63,9 +63,11 @@ def write_results(
     model: str = "cnn",
     is_synthetic: bool = False,
     has_images: bool = True,
+    part_rows: int = 1_000_000,
 ) -> Path:
     """A finished results directory over cells as `cells` gives them; `bad` are names in quarantine. The images are
-    written to `archive`, by default a folder beside it; without images it is an archive that is gone.
+    written to `archive`, by default a folder beside it; without images it is an archive that is gone. Predictions are
+    written in the order given, in parts of `part_rows`.
     """
     archive = archive or results.with_name(f"{results.name}-archive")
     images = {name: noise(i) if has_images else name.encode() for i, name in enumerate(of["image_id"])}
@@ -99,11 +101,13 @@ def write_results(
     listing = list_archive(open_archive(str(archive))) if has_images else _listing_of(of, archive)
     files = {
         "listing.parquet": storage.write_table(path / "listing.parquet", listing),
-        "predictions/part-00000.parquet": _write(path / "predictions/part-00000.parquet", PREDICTIONS, predictions),
         "quarantine/part-00000.parquet": _write(path / "quarantine/part-00000.parquet", QUARANTINE, quarantine),
         "model/splits.parquet": _write(path / "model/splits.parquet", SPLITS, predictions.dropna(subset="split")),
         "model/history.parquet": _write(path / "model/history.parquet", HISTORY, history),
     }
+    for number, first in enumerate(range(0, max(1, len(predictions)), part_rows)):
+        name = f"predictions/{storage.part_name(number)}"
+        files[name] = _write(path / name, PREDICTIONS, predictions.iloc[first : first + part_rows])
     trained = {"model": model, "split_by": "patient", "epochs": 3, "seed": 42, "dataset": "dataset"}
     storage.write_json(path / "model" / "config.json", {"stage": "train", "identity": {}, "config": trained})
     storage.write_json(path / "model" / "SUCCESS.json", {"image_size": 32, "best": {"epoch": 2.0}})

@@ -29,7 +29,18 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # In stages/, but no stages: they have no `run` and write nothing; what several stages show is drawn and asked for here.
-STAGE_HELPERS = {"charts", "croissant", "figures", "galleries", "ledger", "pictures", "scorers", "views"}
+STAGE_HELPERS = {
+    "charts",
+    "comparison",
+    "croissant",
+    "figures",
+    "galleries",
+    "ledger",
+    "pages",
+    "pictures",
+    "scorers",
+    "views",
+}
 
 
 def layer_of(path: Path) -> str:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
 from upath import UPath
 
 from malaria_ray.errors import DirectoryError, NotCompleteError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.provenance import provenance
 from malaria_ray.runtime.storage import FileRecord
+from malaria_ray.schema import PROVENANCE
 
 SUCCESS = "_SUCCESS.json"
 WORK = "_work"
@@ -61,6 +64,19 @@ def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], o
             "choose another directory, or --overwrite to delete it and begin again"
         )
     return not (path / SUCCESS).exists()
+
+
+def write_table(
+    path: UPath, name: str, table: pa.Table, *, stage: str, sorted_by: Sequence[str] = ()
+) -> dict[str, FileRecord]:
+    """Writes one table of a directory of `stage`, its footer saying where it comes from; returns {name: its record}.
+
+    The footer has what decides the result and not paths, times or machines: the same input gives the same bytes.
+    """
+    code = {key: provenance()[key] for key in ("malaria_ray", "code_digest", "packages")}
+    origin = json.dumps({"stage": stage, "identity": read_config(path, stage)["identity"], **code})
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: origin})
+    return {name: storage.write_table(path / name, table, sorted_by=sorted_by)}
 
 
 def finish(

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from malaria_ray.errors import ConfigError, DirectoryError
+from malaria_ray.schema import REPEATED_COLUMNS
 
 
 class FileRecord(TypedDict):
@@ -90,9 +91,20 @@ def write_json(path: UPath, content: dict[str, Any]) -> None:
 
 
 def write_table(
-    path: UPath, table: pa.Table, *, row_group_rows: int = 100_000, dictionary: bool | list[str] = True
+    path: UPath,
+    table: pa.Table,
+    *,
+    row_group_rows: int = 100_000,
+    dictionary: bool | list[str] | None = None,
+    sorted_by: Sequence[str] = (),
 ) -> FileRecord:
-    """Writes one Parquet file (zstd, page index) and returns its record."""
+    """Writes one Parquet file (zstd, page index) and returns its record.
+
+    `dictionary`: columns to write as dictionaries, by default those of few distinct values that schema.py names;
+    `sorted_by`: columns that the rows are sorted by, ascending, nulls last, which the footer then says.
+    """
+    if dictionary is None:
+        dictionary = [name for name in table.column_names if name in REPEATED_COLUMNS]
     buffer = io.BytesIO()
     pq.write_table(
         table,
@@ -101,6 +113,7 @@ def write_table(
         row_group_size=row_group_rows,
         use_dictionary=dictionary,
         write_page_index=True,
+        sorting_columns=[pq.SortingColumn(table.schema.get_field_index(name)) for name in sorted_by] or None,
     )
     data = buffer.getbuffer()
     write_bytes(path, data)

@@ -74,9 +74,8 @@ def line_chart(
         drawn.append(f'<text class="mark" x="{at + 4:.1f}" y="{_TOP + 10}">{escape(words)}</text>')
     for one in series:
         drawn.append(_drawn_series(one, frame))
-    if has_legend:
-        drawn.append(_legend([(one.name, one.style) for one in series], frame))
-    return _svg(title, description, "".join(drawn), width, HEIGHT + 20 * (has_legend and len(series) > 1))
+    legend, more = _legend([(one.name, one.style) for one in series], frame) if has_legend else ("", 0)
+    return _svg(title, description, "".join(drawn) + legend, width, HEIGHT + more)
 
 
 def histogram(
@@ -98,8 +97,8 @@ def histogram(
                     f'height="{max(bottom - top, 0.7):.1f}"><title>{note}</title></rect>'
                 )
         below += np.asarray(counts)
-    drawn.append(_legend([(name, style) for name, style, _ in groups], frame))
-    return _svg(title, description, "".join(drawn), WIDTH, HEIGHT + 20 * (len(groups) > 1))
+    legend, more = _legend([(name, style) for name, style, _ in groups], frame)
+    return _svg(title, description, "".join(drawn) + legend, WIDTH, HEIGHT + more)
 
 
 @dataclass(frozen=True)
@@ -162,16 +161,20 @@ def _drawn_series(one: Series, frame: _Frame) -> str:
     return "".join(drawn)
 
 
-def _legend(names: Sequence[tuple[str, str]], frame: _Frame) -> str:
-    """In a row above the axis' label; nothing where there is but one series."""
+def _legend(names: Sequence[tuple[str, str]], frame: _Frame) -> tuple[str, int]:
+    """Rows below the axis' label, as many as the names need, and their height; nothing for one series alone."""
     if len(names) < 2:
-        return ""
-    drawn, at = [], _LEFT + 4.0
+        return "", 0
+    drawn, at, row = [], float(_LEFT), 0
     for name, style in names:
-        drawn.append(f'<rect class="key {style}" x="{at:.1f}" y="{HEIGHT + 4}" width="12" height="10"/>')
-        drawn.append(f'<text class="tick" x="{at + 17:.1f}" y="{HEIGHT + 13}">{escape(name)}</text>')
-        at += 30 + 6.6 * len(name)
-    return "".join(drawn)
+        width = 30 + 6.2 * len(name)
+        if at > _LEFT and at + width > frame.width - _RIGHT:
+            at, row = float(_LEFT), row + 1
+        top = HEIGHT + 4 + 18 * row
+        drawn.append(f'<rect class="key {style}" x="{at:.1f}" y="{top}" width="12" height="10"/>')
+        drawn.append(f'<text class="tick" x="{at + 17:.1f}" y="{top + 9}">{escape(name)}</text>')
+        at += width
+    return "".join(drawn), 20 + 18 * row
 
 
 def _svg(title: str, description: str, drawn: str, width: int, height: int) -> Markup:

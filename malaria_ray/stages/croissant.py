@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import RESEARCH_ONLY, Column
 from malaria_ray.stages.views import Results, table_of, table_views
@@ -17,6 +19,9 @@ _TYPES = {
     "int64": "sc:Integer",
     "float": "sc:Float",
     "double": "sc:Float",
+    "bool": "sc:Boolean",
+    "list<element: string>": "sc:Text",
+    "list<item: string>": "sc:Text",
 }
 _TERMS = (
     "citeAs column conformsTo:dct examples extract field fileProperty fileObject fileSet format includes isLiveDataset "
@@ -74,6 +79,7 @@ def _field(record_set: str, column: Column) -> dict[str, Any]:
         "name": column.name,
         "description": column.meaning + (f", in {column.unit}s" if column.unit else ""),
         "dataType": _TYPES[str(column.type)],
+        **({"repeated": True} if pa.types.is_list(column.type) else {}),
         "source": {"fileObject": {"@id": f"{record_set}-file"}, "extract": {"column": column.name}},
     }
 

@@ -100,13 +100,11 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
     if validation is not None:
         made.append((REVIEW, _review(predictions, patients, validation)))
     storage.remove(results / REVIEW.name)
-    return {
-        f"{table.name}/{storage.part_name(0)}": storage.write_table(
-            results / table.name / storage.part_name(0),
-            pa.Table.from_pandas(frame[table.names], schema=table.arrow_schema(), preserve_index=False),
-        )
-        for table, frame in made
-    }
+    files: dict[str, storage.FileRecord] = {}
+    for table, frame in made:
+        written = pa.Table.from_pandas(frame[table.names], schema=table.arrow_schema(), preserve_index=False)
+        files |= outputs.write_table(results, f"{table.name}/{storage.part_name(0)}", written, stage="screen")
+    return files
 
 
 def _validation(results: UPath) -> Validation | None:

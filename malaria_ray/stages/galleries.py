@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.images import Pixels
-from malaria_ray.schema import OK, Label
+from malaria_ray.schema import OK, QUALITY_MEANING, REVIEW_MEANING, Label
 
 _JPEG_QUALITY = 85  # about 3 kB for a crop of 125 × 125
 
@@ -61,6 +61,37 @@ def find_galleries(connection: duckdb.DuckDBPyConnection, *, split: str | None, 
         if n:
             cells = found.to_arrow_table().to_pylist()
             galleries.append(Gallery(key=key, title=title, meaning=meaning, n=n, cells=cells))
+    return galleries
+
+
+_OF_REVIEW = (
+    ("review", "To look at first", "the head of the review queue, of all splits", "rank IS NOT NULL", "rank"),
+    ("flagged", "Flagged", "unusual images of all splits, in the order of the queue", "len(quality_flags) > 0",
+     "rank NULLS LAST"),
+)  # fmt: skip
+
+
+def find_review_galleries(connection: duckdb.DuckDBPyConnection, *, n_each: int) -> list[Gallery]:
+    """The head of the review queue and the flagged images, of all splits, with the reasons. Reads `cells`, `review`."""
+    meanings = {code.value: meaning for code, meaning in (REVIEW_MEANING | QUALITY_MEANING).items()}
+    galleries = []
+    for key, title, meaning, condition, order in _OF_REVIEW:
+        ((n,),) = connection.execute(f"SELECT count(*) FROM review WHERE {condition}").fetchall()
+        if not n:
+            continue
+        rows = connection.sql(
+            "SELECT cells.image_id, cells.patient_id, cells.label, cells.score, cells.predicted_label, cells.width, "
+            "cells.height, cells.content_digest, cells.split, reasons, quality_flags, rank "
+            f"FROM (FROM review WHERE {condition} ORDER BY {order}, image_id LIMIT {n_each}) AS review "
+            f"JOIN cells USING (image_id, results) ORDER BY {order}, image_id"
+        ).to_arrow_table()
+        cells = []
+        for cell in rows.to_pylist():
+            codes = [*(cell["reasons"] or ()), *(cell["quality_flags"] or ())]
+            facts = [(code.replace("_", " "), meanings.get(code, "")) for code in codes]
+            words = (cell["quality_flags"] or [None])[0] if key == "flagged" else None
+            cells.append(cell | {"facts": facts} | ({"words": words.replace("_", " ")} if words else {}))
+        galleries.append(Gallery(key=key, title=title, meaning=meaning, n=n, cells=cells))
     return galleries
 
 

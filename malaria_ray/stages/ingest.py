@@ -186,10 +186,8 @@ def _publish(dataset: UPath) -> tuple[pa.Table, dict[str, FileRecord]]:
     files: dict[str, FileRecord] = {}
     for file in sorted((work / "records").glob("*.json"), key=lambda path: path.name):
         files.update(storage.read_json(file))
-    files["manifest.parquet"] = storage.write_table(dataset / "manifest.parquet", manifest)
-    files[f"quarantine/{storage.part_name(0)}"] = storage.write_table(
-        dataset / "quarantine" / storage.part_name(0), quarantine
-    )
+    for name, table in (("manifest.parquet", manifest), (f"quarantine/{storage.part_name(0)}", quarantine)):
+        files |= outputs.write_table(dataset, name, table, stage="ingest")
     return manifest, files
 
 

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import list_archive
+from malaria_ray.archives.listing import list_archive, shards
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells, read_files
 from malaria_ray.cells.images import Pixels, decode, resize
@@ -34,6 +34,7 @@ from malaria_ray.schema import Label, Reason
 
 log = logging.getLogger("malaria_ray")
 
+_BATCH_ROWS = 100_000
 _RUN_ROWS = 32  # the sample is taken in runs of neighbours: that is how a screening reads
 _READ_AS = ("file", "stored", "deflate", "tar", "parquet", "crops")
 _START_S = 30  # Ray, its first plan and the actors, before the first image: 20 to 45 s on two cores (ARCHITECTURE.md)
@@ -121,15 +122,17 @@ def run(config: Config) -> None:
 
 def describe(listing: pa.Table) -> dict[str, Any]:
     """What the listing says: files, bytes, endings, ways of packing, labels, patients."""
-    names_only = pc.utf8_lower(file_names(listing["image_id"]))
-    endings = pc.struct_field(pc.extract_regex(names_only, r"(?P<ending>\.[^.]{1,8})$"), "ending")
+    endings: Counter[str] = Counter()
+    for batch in shards(listing, _BATCH_ROWS):
+        found = pc.extract_regex(pc.utf8_lower(file_names(batch["image_id"])), r"(?P<ending>\.[^.]{1,8})$")
+        endings.update({ending or "none": n for ending, n in _counted(pc.struct_field(found, "ending")).items()})
     methods = _counted(listing["method"])
     labels = _counted(listing["label"])
     names = {label.value: label.name for label in Label}
     return {
         "n_files": listing.num_rows,
         "n_bytes": pc.sum(pc.coalesce(listing["n_bytes"], listing["packed_bytes"])).as_py() or 0,
-        "endings": dict(Counter({ending or "none": n for ending, n in _counted(endings).items()}).most_common(10)),
+        "endings": dict(endings.most_common(10)),
         "read_as": {method: n for method, n in methods.items() if method in _READ_AS},
         "not_readable": {method: n for method, n in methods.items() if method not in _READ_AS},
         "labels": {names.get(value, "unlabelled"): n for value, n in labels.items()},

@@ -4,16 +4,12 @@ and croissant.json, its data dictionary.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import duckdb
-import jinja2
 from tyro.conf import Positional
 
 import malaria_ray
@@ -23,7 +19,8 @@ from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label, Split
 from malaria_ray.stages import figures
 from malaria_ray.stages.croissant import croissant
-from malaria_ray.stages.galleries import find_galleries, label_name, pictures
+from malaria_ray.stages.galleries import find_galleries, find_review_galleries, pictures
+from malaria_ray.stages.pages import render, templates_digest
 from malaria_ray.stages.views import Results, absent_views, catalog, connect, open_results
 
 log = logging.getLogger("malaria_ray")
@@ -88,12 +85,11 @@ def run(config: Config) -> None:
 def _identity(results: Results, config: Config) -> dict[str, Any]:
     """What decides the report: the tables, the page's own files, the version."""
     evaluated = results.path / "metrics" / outputs.SUCCESS
-    templates = hashlib.sha256("".join(_template(name) for name in ("report.html", "report.css", "report.js")).encode())
     return {
         "screened": {name: record["sha256"] for name, record in results.success["files"].items()},
         "evaluated": storage.read_json(evaluated)["identity"] if evaluated.exists() else None,
         "thumbnails": config.thumbnails,
-        "templates": templates.hexdigest()[:16],
+        "templates": templates_digest(),
         "malaria_ray": malaria_ray.__version__,
     }
 
@@ -107,61 +103,31 @@ def _page(results: Results, config: Config) -> str:
     trained = storage.read_json(results.path / "model" / "SUCCESS.json")
     split = _headline_split(connection)
     galleries = find_galleries(connection, split=split, n_each=config.thumbnails)
+    if "review" not in absent:
+        galleries += find_review_galleries(connection, n_each=config.thumbnails)
     images, without_image = pictures(connection, galleries, image_size=trained["image_size"])
-    script = _template("report.js")
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            css=_template("report.css"),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            name=results.name,
-            success=results.success,
-            run=results.run,
-            training=storage.read_json(results.path / "model" / "config.json"),
-            trained=trained,
-            research_only=RESEARCH_ONLY,
-            reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
-            is_evaluated="metrics" not in absent,
-            split=split,
-            data=_data(connection),
-            metrics=_metrics(connection) if "metrics" not in absent else {},
-            confusion=_confusion(connection, split),
-            figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
-            learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
-            patients=_patients(connection) if "patients" not in absent else None,
-            patients_figure=figures.of_patients(connection) if "patients" not in absent else None,
-            galleries=galleries,
-            images=images,
-            without_image=without_image,
-            quarantine=_quarantine(connection),
-        )
+    return render(
+        "report.html",
+        name=results.name,
+        success=results.success,
+        run=results.run,
+        training=storage.read_json(results.path / "model" / "config.json"),
+        trained=trained,
+        reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
+        is_evaluated="metrics" not in absent,
+        split=split,
+        data=_data(connection),
+        metrics=_metrics(connection) if "metrics" not in absent else {},
+        confusion=_confusion(connection, split),
+        figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
+        learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
+        patients=_patients(connection) if "patients" not in absent else None,
+        patients_figure=figures.of_patients(connection) if "patients" not in absent else None,
+        galleries=galleries,
+        images=images,
+        without_image=without_image,
+        quarantine=_quarantine(connection),
     )
-
-
-def _environment() -> jinja2.Environment:
-    """Everything put into the page is escaped unless it is `Markup`; an unknown name is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_template), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["printable"] = lambda value: printable(str(value))
-    environment.filters["short"] = lambda value: _short(printable(str(value)))
-    environment.filters["thousands"] = lambda value: f"{value:,}"
-    environment.filters["label"] = label_name
-    environment.filters["number"] = lambda value: "undefined" if value is None else f"{value:.4f}"
-    return environment
-
-
-def _template(name: str) -> str:
-    return (resources.files("malaria_ray.stages") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _short(text: str, n_letters: int = 64) -> str:
-    """Both ends of a long name: the folder says the class, the end tells files apart."""
-    half = n_letters // 2
-    return text if len(text) <= n_letters else f"{text[:half]}…{text[-half:]}"
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, **given: Any) -> list[dict[str, Any]]:
@@ -227,14 +193,21 @@ def _confusion(connection: duckdb.DuckDBPyConnection, split: str | None) -> dict
 
 
 def _patients(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval."""
-    ((n,),) = connection.execute("SELECT count(*) FROM patients").fetchall()
+    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval, and the call
+    where any patient has one.
+    """
+    ((n, n_calls),) = connection.execute("SELECT count(*), count(call) FROM patients").fetchall()
     rows = connection.execute(
         "SELECT patient_id, label, n_cells, n_parasitized, round(parasitized_fraction, 4), round(ci_low, 4), "
-        f"round(ci_high, 4) FROM patients ORDER BY parasitized_fraction DESC, patient_id LIMIT {_MAX_PATIENTS}"
+        f"round(ci_high, 4){', call' if n_calls else ''} FROM patients "
+        f"ORDER BY parasitized_fraction DESC, patient_id LIMIT {_MAX_PATIENTS}"
     ).fetchall()
     names = {None: "no label"} | {label.value: label.name for label in Label}
-    return {"n": n, "rows": [[printable(patient), names[label], *numbers] for patient, label, *numbers in rows]}
+    return {
+        "n": n,
+        "has_calls": bool(n_calls),
+        "rows": [[printable(patient), names[label], *others] for patient, label, *others in rows],
+    }
 
 
 def _quarantine(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:

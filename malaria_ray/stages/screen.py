@@ -44,6 +44,7 @@ log = logging.getLogger("malaria_ray")
 
 _BLOCK_ROWS = 1024  # what one actor takes at a time, and at most loses when it is killed
 _PART_ROWS = 250_000  # of a published file: what the driver holds at a time
+SORTED_BY = ("patient_id", "image_id")
 _SORT_MEMORY = "512MB"  # of the driver's, for sorting; the rest goes to disk
 _WATCH_EVERY_S = 2.0
 _TASK_CPUS = 0.05  # of the tasks that write rows: they wait for storage
@@ -172,7 +173,7 @@ def run(config: Config) -> None:
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
     check_same_listing(results / outputs.WORK, _without_retried(listing, results / outputs.WORK))
-    files = {"listing.parquet": storage.write_table(results / "listing.parquet", listing)}
+    files = outputs.write_table(results, "listing.parquet", listing, stage="screen")
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
@@ -399,10 +400,10 @@ def _publish_table(rows: duckdb.DuckDBPyConnection, query: str, results: UPath, 
     storage.remove(results / table.name)  # a killed earlier attempt at publishing may have left more parts
     schema, files = table.arrow_schema(), dict[str, FileRecord]()
     columns = ", ".join(table.names)
-    ordered = f"SELECT {columns} FROM ({query}) ORDER BY patient_id NULLS LAST, image_id"
+    ordered = f"SELECT {columns} FROM ({query}) ORDER BY {SORTED_BY[0]} NULLS LAST, {SORTED_BY[1]}"
     for part in _parts(rows.sql(ordered).to_arrow_reader(_PART_ROWS // 10), _PART_ROWS):
         name = f"{table.name}/{storage.part_name(len(files))}"
-        files[name] = storage.write_table(results / name, part.cast(schema))
+        files |= outputs.write_table(results, name, part.cast(schema), stage="screen", sorted_by=SORTED_BY)
     return files
 
 

@@ -144,7 +144,7 @@ def run(config: Config) -> None:
     if not outputs.prepare(path, stage="train", config=config, identity=identity, overwrite=config.overwrite):
         log.info("%s is finished; nothing to do (--overwrite trains anew)", path)
         return
-    files = {"splits.parquet": storage.write_table(path / "splits.parquet", _splits_table(cells, splits))}
+    files = outputs.write_table(path, "splits.parquet", _splits_table(cells, splits), stage="train")
     log.info(
         "%s images of %s patients: %s",
         f"{len(cells):,}",
@@ -197,10 +197,8 @@ def run(config: Config) -> None:
     for name in ("keras", "onnx"):
         storage.write_bytes(path / f"model.{name}", exported[name])
         files[f"model.{name}"] = storage.record_of(path / f"model.{name}")
-    files["history.parquet"] = storage.write_table(
-        path / "history.parquet",
-        pa.Table.from_pandas(history, schema=HISTORY.arrow_schema(), preserve_index=False),
-    )
+    table = pa.Table.from_pandas(history, schema=HISTORY.arrow_schema(), preserve_index=False)
+    files |= outputs.write_table(path, "history.parquet", table, stage="train")
     best_row = history.iloc[int(history["val_loss"].argmin())]
     run_id = f"{config.model}-{hashlib.sha256(exported['onnx']).hexdigest()[:12]}"
     figure = learning_curves_figure(

@@ -125,7 +125,8 @@ def _schema_faults(folder: UPath, table: Table) -> Iterator[str]:
             schema = storage.read_table(part).schema
         except (pa.ArrowInvalid, OSError):
             continue  # told by its record already
-        if schema.names != table.names:
+        # An older version wrote fewer columns: they are added at the end alone.
+        if schema.names != table.names[: max(1, len(schema.names))]:
             yield (
                 f"{folder.name}/{part.name} has the columns {schema.names}, not those of schema version "
                 f"{SCHEMA_VERSION}"

@@ -1,7 +1,7 @@
 """The tables of results directories as DuckDB views: what 'query' and 'report' ask, and what catalog.sql creates.
 
     runs           one row per results directory: its place among those given, model, threshold, source
-    predictions, quarantine, listing, metrics, patients, splits, history
+    predictions, quarantine, listing, metrics, patients, review, splits, history
                    the tables of schema.py, with the directory's name in a last column `results`
     cells          predictions with the split that the model knows each image by, the threshold and the outcome
 
@@ -145,11 +145,13 @@ def absent_views(results: Sequence[Results]) -> dict[str, str]:
     absent = {}
     for view, (_, _, stage) in _PLACES.items():
         if lacking := [one for one in results if not one.files(view)]:
-            absent[view] = (
-                f"there is no table {view} in {lacking[0].path}; run 'malaria-ray {stage}' on it"
-                if stage == "evaluate"
-                else f"the table {view} is missing in {lacking[0].path}; 'malaria-ray verify' says what else is"
-            )
+            path = lacking[0].path
+            if stage != "evaluate":
+                absent[view] = f"the table {view} is missing in {path}; 'malaria-ray verify' says what else is"
+            elif (path / "metrics" / outputs.SUCCESS).exists():
+                absent[view] = f"there is no table {view} in {path}: the 'malaria-ray evaluate' that ran wrote none"
+            else:
+                absent[view] = f"there is no table {view} in {path}; run 'malaria-ray {stage}' on it"
     return absent
 
 
@@ -161,7 +163,7 @@ def _create_views(results: Sequence[Results], name_of: Any) -> str:
             of_each = (_select(one, view, name_of) for one in results)
             statements.append(f"CREATE OR REPLACE VIEW {view} AS\n" + "\nUNION ALL BY NAME\n".join(of_each) + ";\n")
         else:
-            statements.append(f"-- {_comment(absent[view])}\n")
+            statements.append(f"-- There is no table {view} here.\n")
     if not {"predictions", "splits"} & absent.keys():
         statements.append(_CELLS)
     return "\n".join(statements)
@@ -209,7 +211,8 @@ _SQL_TYPES = {
     "float": "FLOAT",
     "double": "DOUBLE",
     "bool": "BOOLEAN",
-    str(pa.list_(pa.string())): "VARCHAR[]",
+    "list<element: string>": "VARCHAR[]",
+    "list<item: string>": "VARCHAR[]",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.benchmarks import decoding, growth, ingest, listing, screening, start
+from tests.benchmarks import decoding, growth, ingest, listing, queries, screening, start
 
 if "--n" in sys.argv:  # a try: also the benchmark of growth, with this number and its double
     n = int(sys.argv[sys.argv.index("--n") + 1])
@@ -15,3 +15,4 @@ growth.main(growth_arguments)
 sys.argv = sys.argv[:1]
 ingest.main()
 listing.main()
+queries.main()

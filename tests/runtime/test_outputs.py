@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
 from malaria_ray.errors import DirectoryError, NotCompleteError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.schema import PREDICTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,3 +257,27 @@ def test_marker_is_the_last_that_is_written(on_disk: UPath) -> None:
     files = [Path(on_disk.path) / name for name in tree(on_disk)]
     assert max(files, key=lambda file: file.stat().st_mtime_ns).name == "_SUCCESS.json"
     assert json.loads((Path(on_disk.path) / "_SUCCESS.json").read_text())["files"] == {}
+
+
+def test_a_table_says_what_it_is_made_from_and_repeats_only_what_repeats(tmp_path: Path):
+    path = UPath(tmp_path / "results")
+    identity = {"model_digest": "ab", "split": "all"}
+    outputs.prepare(path, stage="screen", config=Config(), identity=identity, overwrite=False)
+    rows = [{"image_id": f"{i}", "patient_id": "P1", "score": i / 4, "model": "cnn"} for i in range(4)]
+    table = pa.Table.from_pylist(rows, schema=PREDICTIONS.arrow_schema())
+    record = outputs.write_table(path, "predictions/a.parquet", table, stage="screen", sorted_by=["patient_id"])
+    assert record == {"predictions/a.parquet": storage.record_of(path / "predictions" / "a.parquet")}
+    footer = pq.read_metadata(tmp_path / "results" / "predictions" / "a.parquet")
+    said = json.loads(footer.metadata[b"malaria_ray.provenance"])
+    assert said["identity"] == identity
+    assert said["stage"] == "screen"
+    assert said["code_digest"]
+    assert "pyarrow" in said["packages"]
+    assert footer.metadata[b"malaria_ray.table"] == b"predictions"
+    group = footer.row_group(0)
+    assert [column.column_index for column in group.sorting_columns] == [1]
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert {name for name, column in columns.items() if column.has_dictionary_page} == {
+        *("patient_id", "label", "predicted_label", "model", "run_id")
+    }
+    assert all(column.compression == "ZSTD" and column.has_offset_index for column in columns.values())

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from results import cells, write_results
+from browser import chromium, open_page, requested_urls
+from pages import Page
+from results import HOSTILE, cells, write_results
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, QueryError
-from malaria_ray.stages import compare
-from malaria_ray.stages.views import open_results
+from malaria_ray.stages import compare, comparison
+from malaria_ray.stages.views import connect, open_results
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_differences_are_of_the_second_against_the_first(two: tuple[str, str]):
             "other_score": second["score"],
         }
     )
-    table = compare.differences(both, *open_results(two), compare.Config(results=two, n_resamples=100))
+    table = comparison.differences(both, *open_results(two), n_resamples=100, seed=42)
     accuracies = [accuracy_score(one["label"], one["score"] >= 0.5) for one in (first, second)]
     assert table.loc["accuracy", ["first", "other"]].tolist() == pytest.approx(accuracies)
     assert table.loc["accuracy", "difference"] == pytest.approx(accuracies[1] - accuracies[0])
@@ -75,3 +78,73 @@ def test_results_that_share_nothing_are_refused(tmp_path: Path, two: tuple[str, 
         compare.run(compare.Config(results=(two[0], str(results))))
     with pytest.raises(ConfigError, match="give two or more"):
         compare.Config(results=two[:1])
+
+
+def compared(tmp_path: Path, *results: str, **flags: Any) -> Path:
+    target = tmp_path / "new" / "comparison.html"
+    compare.run(compare.Config(results=results, report=str(target), n_resamples=100, **flags))
+    return target
+
+
+def test_the_page_shows_models_intervals_curves_and_the_pictures_of_disagreements(two: tuple[str, str], tmp_path: Path):
+    page = Page(compared(tmp_path, *two).read_text(encoding="utf-8"))
+    ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
+    assert {"models", "together", "pair-1"} <= set(ids)
+    assert len(set(ids)) == len(ids)
+    both = cells().merge(cells(scores_seed=9), on="image_id", suffixes=("", "_other"))
+    differ = both[(both["score"] >= 0.5) != (both["score_other"] >= 0.5)]
+    assert f"{len(differ)} of 240 shared images are called differently" in page.text
+    first_right = ((differ["score"] >= 0.5) == (differ["label"] == 1)).sum()
+    assert f"first is right in {first_right} and second in {len(differ) - first_right}" in page.text
+    n_shown = min(first_right, 24) + min(len(differ) - first_right, 24)
+    assert len(page.all("img")) == n_shown
+    assert all(picture["alt"] and picture["src"].startswith("data:image/jpeg") for picture in page.all("img"))
+    table = comparison.pair_of(connect(open_results(two)), *open_results(two), n_resamples=100, seed=42).metrics
+    row = table.loc["roc_auc"]
+    for text in (f"{row['difference']:+.4f}", f"{row['ci_low']:+.4f} to {row['ci_high']:+.4f}", "ROC curves"):
+        assert text in page.text
+    for chart in page.all("svg"):
+        assert set(chart["aria-labelledby"].split()) <= set(ids)
+
+
+def test_the_page_opens_in_a_browser_without_error_and_its_galleries_open(two: tuple[str, str], tmp_path: Path):
+    third = write_results(tmp_path / "third", cells(scores_seed=4), archive=tmp_path / "third-archive", model="cnn")
+    target = compared(tmp_path, *two, str(third), thumbnails=3)
+    with chromium() as browser:
+        open_page(browser, target)
+        assert {url.partition(":")[0] for url in requested_urls(browser)} <= {"file", "data"}
+        assert browser.get_log("browser") == []
+        browser.find_element("css selector", ".cell").click()
+        assert "score of second" in browser.find_element("css selector", "dialog").text
+        for width in (360, 1400):
+            metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_page_of_hostile_names_without_labels_is_text(tmp_path: Path):
+    some = cells(len(HOSTILE) * 6).assign(label=pd.NA, split=None)
+    some["image_id"] = [f"{HOSTILE[i % len(HOSTILE)]}{i}.png" for i in range(len(some))]
+    some["patient_id"] = [HOSTILE[i % len(HOSTILE)][:40] for i in range(len(some))]
+    made = [
+        str(write_results(tmp_path / name, of, archive=tmp_path / "archive"))
+        for name, of in (("<b>a<b>", some), ('it\'s [b] "test"', some.assign(score=1 - some["score"])))
+    ]
+    html = compared(tmp_path, *made).read_text(encoding="utf-8")
+    page = Page(html)
+    assert len(page.all("script")) == 1
+    assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "No shared image has a label" in page.text
+    assert "<b>a<b> against it's [b]" in page.text
+    for letter in ("\u202e", "\x1b"):
+        assert letter not in html
+
+
+def test_a_page_without_any_disagreement_or_archive_is_made(tmp_path: Path):
+    twice = [str(write_results(tmp_path / name, cells(40), has_images=False, model=name)) for name in ("a", "b")]
+    page = Page(compared(tmp_path, *twice).read_text(encoding="utf-8"))
+    assert "0 of 40 shared images are called differently" in page.text
+    other = write_results(tmp_path / "c", cells(40).assign(score=lambda t: 1 - t["score"]), has_images=False)
+    page = Page(compared(tmp_path, twice[0], str(other)).read_text(encoding="utf-8"))
+    assert page.all("img") == []
+    assert "cells have no picture here" in page.text

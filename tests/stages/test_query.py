@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +21,7 @@ from stages.conftest import Line
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError, QueryError
 from malaria_ray.runtime import storage
-from malaria_ray.schema import METRICS, PREDICTIONS
+from malaria_ray.schema import METRICS, PATIENTS, PREDICTIONS
 from malaria_ray.stages import evaluate, query
 from malaria_ray.stages.views import catalog, connect, open_results
 
@@ -197,6 +200,18 @@ def test_the_same_on_an_object_store(two: tuple[str, str], s3):
     local = ask(two[:1], example="positives-per-patient")
     remote = ask(("s3://cells-bucket/run[1]",), example="positives-per-patient")
     assert remote.drop(columns="results").equals(local.drop(columns="results"))
+    sql = "SELECT results, sum(score) AS s FROM predictions GROUP BY ALL"
+    query.run(
+        query.Config(
+            results_and_sql=("s3://cells-bucket/run[1]", two[1], sql),
+            format="parquet",
+            output="s3://cells-bucket/new/answer.parquet",
+        )
+    )
+    written = s3.get_object(Bucket="cells-bucket", Key="new/answer.parquet")["Body"].read()
+    sums = pq.read_table(BytesIO(written)).to_pandas().set_index("results")["s"]
+    assert sums["run[1]"] == pytest.approx(predictions_of(two[0])["score"].astype(float).sum())
+    assert sums["second"] == pytest.approx(predictions_of(two[1])["score"].astype(float).sum())
 
 
 def test_answers_come_as_csv_json_and_parquet(two: tuple[str, str], tmp_path: Path, capfdbinary):
@@ -297,19 +312,40 @@ def test_columns_carry_their_meaning_and_unit_in_the_footer(two: tuple[str, str]
     assert ("malaria_ray.schema_version", "1") in footer.fetchall()
 
 
-def test_pandas_pyarrow_polars_and_duckdb_read_the_same_sums(two: tuple[str, str]):
+def sums_of(results: str) -> tuple[int, int, int, int]:
+    """Rows, labels, calls, and the scores in whole 2^-24, as integers, which all engines add alike."""
+    table = pq.read_table(f"{results}/predictions").to_pandas()
+    whole = np.floor(table["score"].astype(float) * 2**24).astype(int).sum()
+    return len(table), int(table["label"].sum()), int(table["predicted_label"].sum()), int(whole)
+
+
+_SUMS = "SELECT count(*), sum(label), sum(predicted_label), sum(CAST(floor(score * 16777216D) AS BIGINT)) FROM "
+
+
+def test_pandas_polars_and_duckdb_read_the_same_sums(two: tuple[str, str]):
     import polars
 
     files = f"{two[0]}/predictions/*.parquet"
-    arrow = pq.read_table(f"{two[0]}/predictions").to_pandas()
     pandas = pd.read_parquet(f"{two[0]}/predictions")
-    pola = polars.scan_parquet(files).select("score", "label", "predicted_label").sum().collect()
-    ((score, label, called, n),) = duckdb.sql(
-        f"SELECT sum(score), sum(label), sum(predicted_label), count(DISTINCT image_id) FROM '{files}'"
-    ).fetchall()
-    for frame in (arrow, pandas):
-        assert (frame["label"].sum(), frame["predicted_label"].sum()) == (label, called)
-        assert frame["score"].astype(float).sum() == pytest.approx(score)
-        assert frame["image_id"].nunique() == n
-    assert (pola["label"][0], pola["predicted_label"][0]) == (label, called)
-    assert pola["score"][0] == pytest.approx(score, rel=1e-5)
+    assert pandas.equals(pq.read_table(f"{two[0]}/predictions").to_pandas())
+    whole = (polars.col("score").cast(polars.Float64) * 2**24).floor().cast(polars.Int64)
+    columns = (polars.len(), polars.col("label"), polars.col("predicted_label").cast(polars.Int64), whole)
+    pola = polars.scan_parquet(files).select(columns[0], *(column.sum() for column in columns[1:])).collect()
+    assert pola.row(0) == sums_of(two[0])
+    duck = _SUMS.replace("16777216D", "16777216::DOUBLE") + f"'{files}'"
+    assert duckdb.sql(duck).fetchall() == [sums_of(two[0])]
+
+
+def test_spark_reads_the_same_sums_and_columns(two: tuple[str, str], tmp_path: Path):
+    if shutil.which("java") is None:
+        reason = "java is not here: apt-get install default-jre-headless"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    folders = [f"{one}/predictions" for one in two] + [f"{two[0]}/{table.name}" for table in (METRICS, PATIENTS)]
+    command = [sys.executable, str(Path(__file__).with_name("spark_sums.py")), _SUMS + "rows", *folders]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)})
+    *predictions, metrics, patients = json.loads(said.stdout.splitlines()[-1])
+    assert [tuple(found["answer"]) for found in predictions] == [sums_of(one) for one in two]
+    assert {tuple(found["columns"]) for found in predictions} == {tuple(PREDICTIONS.names)}
+    for found, table in ((metrics, METRICS), (patients, PATIENTS)):
+        assert found["columns"] == table.names
+        assert found["answer"] == [pq.read_table(f"{two[0]}/{table.name}").num_rows]

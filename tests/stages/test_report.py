@@ -4,24 +4,28 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from browser import chromium, open_page, requested_urls
+from pages import Page
 from results import HOSTILE, cells, write_results
 from samples import noise
 from stages.conftest import Line, content
 
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DirectoryError
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import printable
+from malaria_ray.schema import PATIENTS, REVIEW
 from malaria_ray.stages import evaluate, report, verify
+from malaria_ray.stages.views import connect, open_results
 
 
 def reported(results: Path, *, is_evaluated: bool = True, **flags: Any) -> str:
@@ -34,25 +38,6 @@ def reported(results: Path, *, is_evaluated: bool = True, **flags: Any) -> str:
 
 def page_of(results: Path) -> Path:
     return results / "report" / "index.html"
-
-
-class Page(HTMLParser):
-    """The tags of a page in order with their attributes, and its text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +214,7 @@ def test_the_patient_table_sorts_filters_and_turns_pages(made: Path, browser: An
 
 def test_galleries_open_step_and_close_by_keyboard(made: Path, browser: Any):
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.wait import WebDriverWait
 
     open_page(browser, page_of(made))
     first, second = find_all(browser, ".cell")[:2]
@@ -242,7 +228,7 @@ def test_galleries_open_step_and_close_by_keyboard(made: Path, browser: Any):
     assert find(browser, "dialog bdi").text != shown
     find(browser, "dialog button").send_keys(Keys.ESCAPE)
     assert dialog.get_attribute("open") is None
-    assert browser.switch_to.active_element == second
+    WebDriverWait(browser, 20).until(lambda page: page.switch_to.active_element == second)  # a page is told later
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
@@ -385,3 +371,33 @@ def test_scores_at_the_ends_fall_into_the_end_bins(tmp_path: Path):
     some = cells(40)
     some["score"] = np.tile(np.float32([0, 1]), 20)
     assert "40 cells in bins of 0.05" in reported(write_results(tmp_path / "results", some.assign(split="test")))
+
+
+def test_the_review_queue_the_flagged_images_and_the_calls_of_patients_are_shown(tmp_path: Path, browser: Any):
+    some = cells(60)
+    results = write_results(tmp_path / "results", some)
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    rows = [
+        {"image_id": name, "needs_review": i < 9, "rank": i + 1 if i < 9 else None, "value": 1 / (i + 1)}
+        | {"reasons": ["uncertain"] if i < 9 else [], "quality_flags": ["blurred"] if i in (2, 40) else []}
+        for i, name in enumerate(some["image_id"])
+    ]
+    patients = pq.read_table(results / "patients").to_pandas().assign(call="undecided")
+    marker = storage.locate(results / "metrics" / "_SUCCESS.json")
+    said = storage.read_json(marker)
+    for table, content_of in ((REVIEW, pa.Table.from_pylist(rows, schema=REVIEW.arrow_schema())),
+                              (PATIENTS, pa.Table.from_pandas(patients, schema=PATIENTS.arrow_schema()))):  # fmt: skip
+        said["files"] |= outputs.write_table(
+            storage.locate(results), f"{table.name}/part-00000.parquet", content_of, stage="screen"
+        )
+    storage.write_json(marker, said)
+    page = Page(reported(results, is_evaluated=False))
+    for words in ("To look at first", "9 of 9", "2 of 2", "the score is near the threshold", "out of focus"):
+        assert words in page.text
+    open_page(browser, page_of(results))
+    assert browser.get_log("browser") == []
+    assert find_all(browser, ".data tbody td:last-child")[0].text == "undecided"
+    names = [one.get_attribute("textContent") for one in find_all(browser, "#review + .gallery bdi")]
+    assert [name for name in names if name.endswith(".png")] == some["image_id"].head(9).tolist()
+    found = connect(open_results([str(results)])).sql("SELECT sum(len(reasons)), bool_or(needs_review) FROM review")
+    assert found.fetchall() == [(9, True)]

@@ -28,7 +28,7 @@ for (const box of document.querySelectorAll(".data")) {
       row.forEach((value, column) => {
         const cell = document.createElement(column ? "td" : "th");
         if (column) {
-          cell.textContent = value === null ? "" : column >= 4 ? value.toFixed(4) : value.toLocaleString("en");
+          cell.textContent = value === null ? "" : typeof value === "number" && column >= 4 ? value.toFixed(4) : value.toLocaleString("en");
         } else {
           cell.scope = "row";
           cell.append(Object.assign(document.createElement("bdi"), { textContent: value }));
@@ -81,7 +81,7 @@ if (dialog) {
 
   const show = (number) => {
     shown = (number + cells.length) % cells.length;
-    const picture = cells[shown].querySelector("img, .nothing").cloneNode(true);
+    const picture = cells[shown].querySelector(".pair").cloneNode(true);
     const facts = cells[shown].parentElement.querySelector("dl").cloneNode(true);
     facts.hidden = false;
     dialog.querySelector(".picture").replaceChildren(picture, facts);
