@@ -264,12 +264,15 @@ class _Events:
         self._tf, self._url = tf, url
         self._folder = tempfile.mkdtemp(prefix="malaria_ray-events-")
         self._writer = tf.summary.create_file_writer(self._folder)
+        # What tf.summary.scalar writes, which itself needs the package tensorboard.
+        scalars = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
+        self._metadata = tf.compat.v1.SummaryMetadata(plugin_data=scalars)
 
     def write(self, row: dict[str, Any]) -> None:
         with self._writer.as_default(step=row["epoch"]):
             for name, value in row.items():
                 if name != "epoch":
-                    self._tf.summary.scalar(name, value)
+                    self._tf.summary.write(name, self._tf.constant(value, "float32"), metadata=self._metadata)
         self._writer.flush()
         for file in Path(self._folder).iterdir():
             storage.write_bytes(storage.locate(self._url) / file.name, file.read_bytes())

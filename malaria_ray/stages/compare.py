@@ -50,7 +50,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prints one table for each directory but the first, and writes the page where one is asked for; or tells of runs."""
+    """Prints one table for each directory but the first, and writes the page where one is asked; or tells of runs."""
     if "train" in {outputs.stage_of(storage.locate(url)) for url in config.results}:
         compare_runs(config.results, figure=config.figure)
         return
