@@ -29,7 +29,17 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # In stages/, but no stages: they have no `run` and write nothing; what several stages show is drawn and asked for here.
-STAGE_HELPERS = {"charts", "comparison", "croissant", "figures", "galleries", "pages", "pictures", "views"}
+STAGE_HELPERS = {
+    "charts",
+    "comparison",
+    "croissant",
+    "figures",
+    "galleries",
+    "pages",
+    "pictures",
+    "run_comparison",
+    "views",
+}
 
 
 def layer_of(path: Path) -> str:

@@ -52,7 +52,8 @@ class Config:
 def run(config: Config) -> None:
     """Prints one table for each directory but the first, and writes the page where one is asked; or tells of runs."""
     if "train" in {outputs.stage_of(storage.locate(url)) for url in config.results}:
-        compare_runs(config.results, figure=config.figure)
+        storage.write_bytes(storage.locate(config.figure), compare_runs(config.results))
+        log.info("figure: %s", config.figure)
         return
     first, *others = opened = open_results(config.results)
     if (line := absent_views(opened).get("splits") or absent_views(opened).get("predictions")) is not None:

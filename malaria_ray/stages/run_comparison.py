@@ -33,19 +33,17 @@ class Run:
     test: pd.DataFrame | None
 
 
-def compare_runs(urls: Sequence[str], *, figure: str) -> None:
-    """Prints the tables of the runs among `urls`, the others being results of theirs, and writes the PNG `figure`."""
+def compare_runs(urls: Sequence[str]) -> bytes:
+    """Prints the tables of the runs among `urls`, the others being results of theirs; returns their figure, PNG."""
     runs = open_runs(urls)
     out = console()
     out.print(_validation_table(runs))
     if any(run.test is not None for run in runs):
         out.print(_test_table(runs))
-    target = storage.locate(figure)
     curves = {run.name: run.history for run in runs}
     scores = {run.name: run.test for run in [*runs, *pooled(runs)] if run.test is not None}
-    storage.write_bytes(target, runs_figure(curves, scores))
-    out.print(f"figure: {target}", markup=False, soft_wrap=True)
     out.print(RESEARCH_ONLY)
+    return runs_figure(curves, scores)
 
 
 def open_runs(urls: Sequence[str]) -> list[Run]:

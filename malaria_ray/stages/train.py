@@ -472,6 +472,7 @@ def _augmented_samples(plan: TrainingPlan) -> tuple[Pixels, list[Pixels]]:
     """Six training images and what the first three epochs make of them, in a process of its own."""
 
     def task() -> tuple[Pixels, list[Pixels]]:
+        os.environ.pop("TF_USE_LEGACY_KERAS", None)
         from malaria_ray.models.augmentation import augment, augmentation_draws
 
         train = plan.train
