@@ -86,6 +86,9 @@ def write_results(
         content_digest=[content_digest(images[name]) for name in of["image_id"]],
         model=model,
         run_id=f"{model}-1",
+        raw_score=of["score"],
+        novelty=0.5,
+        quality_flags=[[] for _ in of["image_id"]],
     )
     quarantine = pd.DataFrame(
         {

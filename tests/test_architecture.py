@@ -38,6 +38,7 @@ STAGE_HELPERS = {
     "ledger",
     "pages",
     "pictures",
+    "run_comparison",
     "scorers",
     "views",
 }

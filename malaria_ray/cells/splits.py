@@ -18,8 +18,13 @@ N_TENTHS = {Split.train: 6, Split.val: 1, Split.test: 3}
 """60:10:30 as in the article's text (its code gives 63:7:30)."""
 
 
-def assign_splits(cells: pd.DataFrame, *, by: SplitBy, seed: int) -> pd.Series:
+def assign_splits(
+    cells: pd.DataFrame, *, by: SplitBy, seed: int, n_folds: int | None = None, fold: int | None = None
+) -> pd.Series:
     """Split of each cell, `train`, `val` or `test`, 60:10:30 with the classes balanced between them.
+
+    With `n_folds` the test split is fold number `fold` (1 the first) of so many, and validation a tenth of the rest:
+    the test splits of all folds are the whole dataset, each cell once.
 
     `cells`: columns image_id, patient_id, label (0 or 1), one row per usable image, in any order: the result depends
     on the content alone. By `patient` all cells of a patient go together (stratified group folds); by `image` every
@@ -28,10 +33,17 @@ def assign_splits(cells: pd.DataFrame, *, by: SplitBy, seed: int) -> pd.Series:
     Raises: `DatasetError` where labels or patients are missing or a split would lack a class.
     """
     check_trainable(cells, by=by)
-    tenth = _folds(cells, by=by, n_folds=10, seed=seed)
-    bounds = np.cumsum(list(N_TENTHS.values()))
-    names = np.array([split.value for split in N_TENTHS])
-    splits = pd.Series(names[np.searchsorted(bounds, tenth, side="right")], index=cells.index, name="split")
+    if n_folds is None or fold is None:
+        tenth = _folds(cells, by=by, n_folds=10, seed=seed)
+        bounds = np.cumsum(list(N_TENTHS.values()))
+        names = np.array([split.value for split in N_TENTHS])
+        splits = pd.Series(names[np.searchsorted(bounds, tenth, side="right")], index=cells.index, name="split")
+    else:
+        is_test = _folds(cells, by=by, n_folds=n_folds, seed=seed) == fold - 1
+        tenth_of_rest = np.full(len(cells), -1)
+        tenth_of_rest[~is_test] = _folds(cells[~is_test], by=by, n_folds=10, seed=seed)
+        names = np.where(is_test, Split.test.value, np.where(tenth_of_rest == 0, Split.val.value, Split.train.value))
+        splits = pd.Series(names, index=cells.index, name="split")
     for split in Split:
         classes = cells.loc[splits == split, "label"].unique()
         if len(classes) < len(Label):
@@ -70,15 +82,16 @@ def _folds(cells: pd.DataFrame, *, by: SplitBy, n_folds: int, seed: int) -> np.n
     ordered = cells.iloc[order]
     group = "patient_id" if by == "patient" else "image_id"
     n_groups = ordered[group].nunique()
+    ratio = "60:10:30" if n_folds == 10 else f"into {n_folds} folds"
     if n_groups < n_folds:
         raise DatasetError(
-            f"{n_groups} {by}s cannot be divided 60:10:30; at least {n_folds} are needed"
+            f"{n_groups} {by}s cannot be divided {ratio}; at least {n_folds} are needed"
             + (", or use --split-by image" if by == "patient" else "")
         )
     most = int(ordered["label"].value_counts().max())
     if most < n_folds:
         raise DatasetError(
-            f"{len(ordered)} cells, {most} of the commoner class, cannot be divided 60:10:30; at least {n_folds} of a "
+            f"{len(ordered)} cells, {most} of the commoner class, cannot be divided {ratio}; at least {n_folds} of a "
             "class are needed"
         )
     folds = np.empty(len(ordered), np.int64)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +24,13 @@ import numpy.typing as npt
 import ray
 import ray.train
 
-from malaria_ray.errors import TrainingError
+from malaria_ray.errors import MalariaRayError, TrainingError
 from malaria_ray.models import DTYPE_POLICY, RECIPES, ModelName, Precision
 from malaria_ray.models.building import build_trainable
+from malaria_ray.runtime import storage
 
 _LOG_EVERY_S = 15.0
+_N_AHEAD = 2  # batches made while a step runs
 _CHECK_EVERY_STEPS = 20  # how often the loss is looked at: every look waits for the device
 
 
@@ -73,6 +77,10 @@ class TrainingPlan:
     """Object reference of the bytes of the `model.keras` that fine-tuning starts from."""
     news: Any
     """`ray.util.queue.Queue` that takes lines for the user, from rank 0."""
+    faults: Any
+    """`ray.util.queue.Queue` that takes the errors after which a restart is no use."""
+    tensorboard: str
+    """URL of the folder for TensorBoard's event files."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,10 @@ def batches(
         mine = in_batch[rank::n_workers]
         images = np.zeros((n_local, *shape), parts[0].dtype)
         labels, weights = np.zeros(n_local, np.float32), np.zeros(n_local, np.float32)
-        for i, example in enumerate(mine):
-            images[i] = parts[examples.part[example]][examples.row[example]]
+        part, row = examples.part[mine], examples.row[mine]
+        for one in np.unique(part):
+            places = np.flatnonzero(part == one)
+            images[places] = parts[one][row[places]]
         labels[: len(mine)] = examples.label[mine]
         weights[: len(mine)] = 1
         changes = np.zeros((n_local, draws.shape[1]), np.float32)
@@ -122,11 +132,41 @@ def batches(
         yield Batch(images, labels, weights, changes, len(in_batch))
 
 
+def ahead(items: Iterator[Batch]) -> Iterator[Batch]:
+    """The same items, made by a thread while the earlier ones are used."""
+    ready: queue.Queue[Any] = queue.Queue(_N_AHEAD)
+
+    def make() -> None:
+        try:
+            for item in items:
+                ready.put(item)
+            ready.put(None)
+        except BaseException as error:  # raised again where the item is wanted
+            ready.put(error)
+
+    threading.Thread(target=make, name="batches", daemon=True).start()
+    while (item := ready.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
 def train_worker(plan: TrainingPlan) -> None:
     """Trains to the last epoch or until patience ends, from the newest checkpoint if there is one; reports every epoch.
 
-    Raises: `TrainingError` where the loss is no finite number, naming epoch and step.
+    Raises: `TrainingError` where the loss is no finite number, naming epoch and step. The error is put into
+    `plan.faults` too: after a restart the workers find it there and end, since it would only come again.
     """
+    if not plan.faults.empty():
+        return
+    try:
+        _train(plan)
+    except MalariaRayError as error:
+        plan.faults.put(error)
+        raise
+
+
+def _train(plan: TrainingPlan) -> None:
     os.environ.pop("TF_USE_LEGACY_KERAS", None)  # set by Ray Train; the models are Keras 3
     import tensorflow as tf  # noqa: I001 - keras must be imported before tf.keras is first touched
     import keras
@@ -171,6 +211,7 @@ def train_worker(plan: TrainingPlan) -> None:
 
     train_step, score_step = _steps(tf, keras, model, strategy, is_augmented=plan.is_augmented, is_xla=plan.is_xla)
 
+    events = _Events(tf, plan.tensorboard) if rank == 0 else None
     for epoch in range(len(history) + 1, plan.epochs + 1):
         if model.stop_training:
             break
@@ -186,7 +227,7 @@ def train_worker(plan: TrainingPlan) -> None:
             draws=augmentation_draws(plan.seed, epoch, len(plan.train)) if plan.is_augmented else None,
         )
         _reseed_dropout(model, [plan.seed, epoch, rank])
-        sums = _run_epoch(tf, train_step, share, plan=plan, epoch=epoch, is_speaker=rank == 0)
+        sums = _run_epoch(tf, train_step, ahead(share), plan=plan, epoch=epoch, is_speaker=rank == 0)
         trained = time.monotonic()
         loss, n_correct = (
             float(x) for x in strategy.reduce("SUM", _per_replica(tf, strategy, sums), axis=None).numpy()
@@ -205,7 +246,8 @@ def train_worker(plan: TrainingPlan) -> None:
         }
         history.append(row)
         callbacks.on_epoch_end(epoch - 1, dict(row))
-        if rank == 0:
+        if events is not None:
+            events.write(row)
             plan.news.put(
                 f"epoch {epoch}/{plan.epochs}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.4f}, "
                 f"val_loss {row['val_loss']:.4f}, val_accuracy {row['val_accuracy']:.4f}, val_roc_auc "
@@ -213,6 +255,27 @@ def train_worker(plan: TrainingPlan) -> None:
                 f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s"
             )
         _report(model, row, history, is_saver=rank == 0)
+
+
+class _Events:
+    """TensorBoard's event file of one worker: written here, copied to the run's storage after every epoch."""
+
+    def __init__(self, tf: Any, url: str):
+        self._tf, self._url = tf, url
+        self._folder = tempfile.mkdtemp(prefix="malaria_ray-events-")
+        self._writer = tf.summary.create_file_writer(self._folder)
+        # What tf.summary.scalar writes, which itself needs the package tensorboard.
+        scalars = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
+        self._metadata = tf.compat.v1.SummaryMetadata(plugin_data=scalars)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self._writer.as_default(step=row["epoch"]):
+            for name, value in row.items():
+                if name != "epoch":
+                    self._tf.summary.write(name, self._tf.constant(value, "float32"), metadata=self._metadata)
+        self._writer.flush()
+        for file in Path(self._folder).iterdir():
+            storage.write_bytes(storage.locate(self._url) / file.name, file.read_bytes())
 
 
 def _features_of(examples: Examples) -> int | None:
@@ -326,7 +389,7 @@ def _score_all(
     order = np.arange(len(examples))
     mine = [
         score_step(batch.images).numpy()
-        for batch in batches(examples, order, batch_size=batch_size, rank=rank, n_workers=n_workers)
+        for batch in ahead(batches(examples, order, batch_size=batch_size, rank=rank, n_workers=n_workers))
     ]
     if n_workers == 1:
         return np.concatenate(mine)[: len(examples)]

@@ -1,4 +1,4 @@
-"""compare: two or more results directories side by side, on the images that they share."""
+"""compare: results directories side by side, on the images that they share; or runs (run_comparison.py)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from rich.table import Table as RichTable
 from tyro.conf import Positional
 
 from malaria_ray.errors import ConfigError, QueryError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import RESEARCH_ONLY
 from malaria_ray.stages.comparison import Pair, page, pair_of, shown_metrics
+from malaria_ray.stages.run_comparison import compare_runs
 from malaria_ray.stages.views import absent_views, connect, open_results
 
 log = logging.getLogger("malaria_ray")
@@ -26,7 +27,8 @@ class Config:
     """Compares each results directory with the first: differences of metrics with paired intervals, disagreements."""
 
     results: Positional[tuple[str, ...]]
-    """Two or more directories made by 'malaria-ray screen', the one to compare with first."""
+    """Two or more directories made by 'malaria-ray screen', the one to compare with first; or runs made by
+    'malaria-ray train', with results of theirs if there are, for their test data."""
     report: str | None = None
     """File or URL to write the comparison to as one HTML page, with pictures."""
     thumbnails: int = 24
@@ -35,6 +37,8 @@ class Config:
     """Resamples of the bootstrap over patients."""
     seed: int = 42
     """Seed of the bootstrap."""
+    figure: str = "comparison.png"
+    """Where the figure of runs is written."""
 
     def __post_init__(self) -> None:
         if len(self.results) < 2:
@@ -46,7 +50,11 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Prints one table for each directory but the first, and writes the page where one is asked for."""
+    """Prints one table for each directory but the first, and writes the page where one is asked; or tells of runs."""
+    if "train" in {outputs.stage_of(storage.locate(url)) for url in config.results}:
+        storage.write_bytes(storage.locate(config.figure), compare_runs(config.results))
+        log.info("figure: %s", config.figure)
+        return
     first, *others = opened = open_results(config.results)
     if (line := absent_views(opened).get("splits") or absent_views(opened).get("predictions")) is not None:
         raise QueryError(line)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
 
 from malaria_ray.cells.images import Pixels
 from malaria_ray.schema import RESEARCH_ONLY
@@ -27,6 +29,13 @@ def samples_figure(pixels: Pixels, titles: Sequence[str], heading: str) -> bytes
         axis.imshow(image)
         axis.set_title(title, fontsize=7)
     return _png(figure)
+
+
+def augmented_figure(originals: Pixels, changed: Sequence[Pixels], heading: str) -> bytes:
+    """Each training image above what the first epochs make of it. `originals` and each of `changed`: six images."""
+    captions = ["as it is", *(f"epoch {epoch}" for epoch in range(1, len(changed) + 1))]
+    pixels = np.concatenate([originals, *changed])
+    return samples_figure(pixels, [caption for caption in captions for _ in originals], heading)
 
 
 def learning_curves_figure(history: pd.DataFrame, *, best_epoch: int, heading: str) -> bytes:
@@ -51,6 +60,28 @@ def learning_curves_figure(history: pd.DataFrame, *, best_epoch: int, heading: s
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
+    return _png(figure)
+
+
+def runs_figure(histories: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame]) -> bytes:
+    """Validation accuracy and loss of runs over their epochs, and the ROC of `scores` (label, score)."""
+    figure = Figure(figsize=(15 if scores else 10, 4.2), layout="constrained")
+    figure.suptitle(RESEARCH_ONLY, fontsize=10)
+    axes = figure.subplots(1, 3 if scores else 2)
+    for axis, name in zip(axes, ("val_accuracy", "val_loss"), strict=False):
+        for run, history in histories.items():
+            axis.plot(history["epoch"], history[name], marker="o", markersize=3, label=run)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for run, cells in scores.items():
+        false, true, _ = roc_curve(cells["label"].astype(int), cells["score"])
+        axes[2].plot(false, true, label=run)
+        axes[2].set_xlabel("1 - specificity, test split")
+        axes[2].set_ylabel("sensitivity")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     return _png(figure)
 
 

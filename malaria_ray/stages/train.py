@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.schema import HISTORY, SPLITS, Label, Split
-from malaria_ray.stages.pictures import learning_curves_figure
+from malaria_ray.stages.pictures import augmented_figure, learning_curves_figure
 from malaria_ray.statistics.calibration import check_specificity
 from malaria_ray.statistics.validation import Validation, learn_from_validation
 
@@ -79,10 +80,18 @@ class Config:
     """bf16: layers compute in bfloat16, about twice as fast on hardware for it; weights and loss stay float32."""
     xla: bool = False
     """Compile the training step by XLA."""
-    num_workers: int = 1
-    """Training processes, over the nodes of the cluster."""
+    folds: int | None = None
+    """Cross-validation: the test split is one of so many folds instead of 30 %; goes with --fold."""
+    fold: int | None = None
+    """Which of the --folds is the test split, 1 the first."""
+    num_workers: int | str = 1
+    """Training processes, over the nodes of the cluster; 1-4: as many of them as the cluster has room for."""
     cpus_per_worker: int | None = None
     """CPUs and threads of each; by default the cluster's CPUs divided by the workers."""
+    gpus_per_worker: int = 0
+    """GPUs of each."""
+    max_failures: int = 3
+    """How often lost workers are started again from the last checkpoint before training stops."""
     specificity: float | None = None
     """Set the threshold for this specificity on the validation cells, 0.99 say; else it is 0.5."""
     seed: int = 42
@@ -95,12 +104,20 @@ class Config:
             ("--epochs", self.epochs, 1),
             ("--patience", self.patience, 0),
             ("--batch-size", self.batch_size, 1),
-            ("--num-workers", self.num_workers, 1),
+            ("--num-workers", self.workers[0], 1),
+            ("--gpus-per-worker", self.gpus_per_worker, 0),
+            ("--max-failures", self.max_failures, 0),
             ("--seed", self.seed, 0),
         ):
             if value < low:
                 raise ConfigError(f"{name} {value}: must be at least {low}")
-        if self.num_workers > self.batch_size:
+        if (self.folds is None) != (self.fold is None) or (
+            self.folds is not None and self.fold is not None and not (self.folds >= 2 and 1 <= self.fold <= self.folds)
+        ):
+            raise ConfigError(
+                f"--folds {self.folds} --fold {self.fold}: both are needed, at least 2 folds, and a fold of 1 to that"
+            )
+        if self.workers[1] > self.batch_size:
             raise ConfigError(
                 f"--num-workers {self.num_workers}: each needs an image of the batch of {self.batch_size}"
             )
@@ -110,6 +127,18 @@ class Config:
             raise ConfigError("--augment on: vgg19-frozen trains on features made once, not on images; choose another")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The least and the greatest number of workers. Raises: `ConfigError`."""
+        try:
+            low, _, high = str(self.num_workers).partition("-")
+            least, most = int(low), int(high or low)
+        except ValueError:
+            least = most = -1
+        if not 1 <= least <= most:
+            raise ConfigError(f"--num-workers {self.num_workers}: must be at least 1, or a range such as 1-4")
+        return least, most
 
 
 def run(config: Config) -> None:
@@ -124,7 +153,12 @@ def run(config: Config) -> None:
     learning_rate = config.learning_rate or recipe.learning_rate
     is_augmented = recipe.is_augmented if config.augment == "default" else config.augment == "on"
     weights = load_weights(config.weights) if recipe.needs_weights else None
-    same_split = {"dataset_digest": success["dataset_digest"], "split_by": config.split_by, "seed": config.seed}
+    same_split = {
+        "dataset_digest": success["dataset_digest"],
+        "split_by": config.split_by,
+        "seed": config.seed,
+        "fold": f"{config.fold} of {config.folds}" if config.folds else None,
+    }
     identity = {
         **same_split,
         "image_size": image_size,
@@ -138,7 +172,7 @@ def run(config: Config) -> None:
         },
     }
     cells = _cells(dataset)
-    splits = assign_splits(cells, by=config.split_by, seed=config.seed)  # raises before anything is written
+    splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
         check_specificity(config.specificity, int(((splits == Split.val) & (cells["label"] == Label.uninfected)).sum()))
     if not outputs.prepare(path, stage="train", config=config, identity=identity, overwrite=config.overwrite):
@@ -152,8 +186,8 @@ def run(config: Config) -> None:
         ", ".join(f"{split} {int((splits == split).sum()):,}" for split in Split),
     )
     with ray_session():
-        n_threads = config.cpus_per_worker or max(1, n_cpus() // config.num_workers)
-        _check_resources(config.num_workers, n_threads)
+        n_threads = config.cpus_per_worker or max(1, n_cpus() // config.workers[1])
+        _check_resources(config.workers[0], n_threads, config.gpus_per_worker)
         pixels = _load(_load_pixels, storage.parts(dataset / "crops"), image_size)
         inputs = pixels
         if config.model == "vgg19-frozen":
@@ -180,14 +214,20 @@ def run(config: Config) -> None:
             weights=ray.put(weights.content) if weights else None,
             initial_model=_put_file(storage.locate(config.init_from) / "model.keras") if config.init_from else None,
             news=Queue(actor_options={"num_cpus": 0}),
+            faults=Queue(actor_options={"num_cpus": 0}),
+            tensorboard=storage.as_url(path / "tensorboard"),
         )
         with _news(plan.news):
-            result = _fit(plan, path, config.num_workers)
+            result = _fit(plan, path, config)
         trained = time.monotonic()
         history, best = _history(result)
         of_val = _examples(cells, is_val, pixels)
         exported = _export(best, plan, of_val)
         validated = _validate(exported["onnx"], plan, train=_examples(cells, splits == Split.train, pixels), val=of_val)
+        if is_augmented:
+            samples = _augmented_samples(plan)
+            storage.write_bytes(path / "augmented_samples.png", augmented_figure(*samples, "Training images, changed"))
+            files["augmented_samples.png"] = storage.record_of(path / "augmented_samples.png")
 
     validation = _learn(cells, splits, validated.scores, specificity=config.specificity)
     storage.write_json(path / "validation.json", validation.to_dict())
@@ -236,6 +276,8 @@ def run(config: Config) -> None:
         f"{exported['parameters']['total']:,}",
         f"{exported['parameters']['trainable']:,}",
     )
+    for layer in exported["layers"]:
+        log.info("%s: %s parameters, %s trained", layer["layer"], f"{layer['parameters']:,}", f"{layer['trainable']:,}")
     log.info("run: %s", path)
 
 
@@ -261,8 +303,13 @@ def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificit
     return learn_from_validation(of_val.assign(split=Split.val, score=scores), specificity=specificity)
 
 
-def _check_resources(num_workers: int, cpus_per_worker: int) -> None:
-    have = n_cpus()
+def _check_resources(num_workers: int, cpus_per_worker: int, gpus_per_worker: int) -> None:
+    have, n_gpus = n_cpus(), int(ray.cluster_resources().get("GPU", 0))
+    if num_workers * gpus_per_worker > n_gpus:
+        raise TrainingError(
+            f"{num_workers} workers of {gpus_per_worker} GPUs need {num_workers * gpus_per_worker}, the cluster has "
+            f"{n_gpus}; lower --num-workers or --gpus-per-worker, or add nodes"
+        )
     if num_workers * cpus_per_worker > have:
         raise TrainingError(
             f"{num_workers} workers of {cpus_per_worker} CPUs need {num_workers * cpus_per_worker}, the cluster has "
@@ -284,9 +331,9 @@ def _check_initial_run(url: str, same_split: dict[str, Any]) -> str:
             f"--init-from {url} is a run of {success['model']}; fine-tuning starts from one of vgg19-frozen"
         )
     for name, value in same_split.items():
-        if was[name] != value:
+        if was.get(name) != value:
             raise ConfigError(
-                f"--init-from {url} was trained with {name} {was[name]!r}, this run has {value!r}: its head would "
+                f"--init-from {url} was trained with {name} {was.get(name)!r}, this run has {value!r}: its head would "
                 f"know test "
                 "images; train vgg19-frozen on the same dataset, --split-by and --seed"
             )
@@ -318,7 +365,8 @@ def _examples(cells: pd.DataFrame, chosen: pd.Series, parts: list[Any]) -> Examp
     )
 
 
-def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
+def _fit(plan: TrainingPlan, path: UPath, config: Config) -> ray.train.Result:
+    """Trains. Raises: `TrainingError`, or the error that the workers met themselves; `KeyboardInterrupt`."""
     with stderr_silenced():  # Ray's package loads TensorFlow in the driver, whose greetings no log level stops
         from ray.train.tensorflow import TensorflowTrainer
 
@@ -326,7 +374,12 @@ def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
     trainer = TensorflowTrainer(
         train_worker,
         train_loop_config=plan,
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": plan.n_threads}),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers[0] if len(set(config.workers)) == 1 else config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": plan.n_threads}
+            | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}),
+        ),
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=root,
@@ -335,17 +388,29 @@ def _fit(plan: TrainingPlan, path: UPath, num_workers: int) -> ray.train.Result:
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="val_loss", checkpoint_score_order="min"
             ),
-            failure_config=ray.train.FailureConfig(max_failures=0),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
+    is_main = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT) if is_main else None
     try:
-        return trainer.fit()
+        result = trainer.fit()
+    except SystemExit:  # how Ray Train's own handler of Ctrl-C ends, with status 0
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
+        if not plan.faults.empty():
+            raise plan.faults.get() from error
         causes = list(getattr(error, "worker_failures", {}).values())
         cause = next((c for c in causes if isinstance(_cause(c), MalariaRayError)), causes[0] if causes else error)
         raise TrainingError(
             f"training stopped: {_cause(cause)}; run the same command again to go on from the last checkpoint"
         ) from error
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, on_interrupt)
+    if not plan.faults.empty():  # the workers ended by themselves when they were started again after it
+        raise plan.faults.get()
+    return result
 
 
 @contextmanager
@@ -401,3 +466,20 @@ def _validate(onnx: bytes, plan: TrainingPlan, *, train: Examples, val: Examples
     task = ray.remote(validate).options(num_cpus=plan.n_threads)
     validated: Validated = ray.get(task.remote(onnx, train=train, val=val, seed=plan.seed, n_threads=plan.n_threads))
     return validated
+
+
+def _augmented_samples(plan: TrainingPlan) -> tuple[Pixels, list[Pixels]]:
+    """Six training images and what the first three epochs make of them, in a process of its own."""
+
+    def task() -> tuple[Pixels, list[Pixels]]:
+        os.environ.pop("TF_USE_LEGACY_KERAS", None)
+        from malaria_ray.models.augmentation import augment, augmentation_draws
+
+        train = plan.train
+        chosen = np.linspace(0, len(train) - 1, 6).astype(int)
+        images = np.stack([ray.get(train.parts[train.part[i]])[train.row[i]] for i in chosen])
+        draws = [augmentation_draws(plan.seed, epoch, len(train))[chosen] for epoch in (1, 2, 3)]
+        return images, [np.asarray(augment(images, numbers)) for numbers in draws]
+
+    samples: tuple[Pixels, list[Pixels]] = ray.get(ray.remote(task).options(num_cpus=plan.n_threads).remote())
+    return samples

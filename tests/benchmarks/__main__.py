@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.benchmarks import decoding, growth, ingest, listing, queries, screening, start
+from tests.benchmarks import decoding, growth, ingest, listing, queries, screening, start, training
 
 if "--n" in sys.argv:  # a try: also the benchmark of growth, with this number and its double
     n = int(sys.argv[sys.argv.index("--n") + 1])
@@ -16,3 +16,4 @@ sys.argv = sys.argv[:1]
 ingest.main()
 listing.main()
 queries.main()
+training.main()

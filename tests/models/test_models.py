@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from malaria_ray.errors import TrainingError
+from malaria_ray.models import DTYPE_POLICY
 from malaria_ray.models.augmentation import N_DRAWS, augment, augmentation_draws
 from malaria_ray.models.building import build_backbone, build_trainable, whole_network
-from malaria_ray.models.training import Examples, batches, epoch_order
+from malaria_ray.models.training import Examples, _run_epoch, _steps, ahead, batches, epoch_order, train_worker
 from malaria_ray.models.vgg19 import with_head
 
 
@@ -127,3 +132,64 @@ def test_the_order_of_an_epoch_has_an_address():
     np.testing.assert_array_equal(epoch_order(7, 2, 50), epoch_order(7, 2, 50))
     assert not np.array_equal(epoch_order(7, 2, 50), epoch_order(7, 3, 50))
     assert sorted(epoch_order(7, 2, 50)) == list(range(50))
+
+
+def test_a_loss_that_is_no_number_names_its_step():
+    tensors = SimpleNamespace(
+        convert_to_tensor=np.asarray, constant=lambda value, _: np.float32(value), float32=np.float32
+    )
+    losses = iter([*[1.0] * 22, float("nan"), *[1.0] * 7])
+
+    def step(*_: object) -> SimpleNamespace:
+        value = np.array([next(losses), 0.0])
+        return SimpleNamespace(numpy=lambda: value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        data = small_examples(patch, 60)
+        share = batches(data, epoch_order(0, 1, 60), batch_size=2, rank=0, n_workers=1)
+        plan = SimpleNamespace(train=data, batch_size=2, epochs=3)
+        with pytest.raises(TrainingError, match="not a finite number at step 23 of epoch 4"):
+            _run_epoch(tensors, step, ahead(share), plan=plan, epoch=4, is_speaker=False)
+
+
+def test_workers_that_are_started_again_after_such_a_fault_end_at_once():
+    train_worker(SimpleNamespace(faults=SimpleNamespace(empty=lambda: False)))
+
+
+def test_a_fault_in_making_batches_is_raised_where_they_are_used():
+    def broken():
+        yield 1
+        raise OSError("gone")
+
+    items = ahead(broken())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(items)
+
+
+@pytest.mark.parametrize(("precision", "is_xla", "tolerance"), [("bf16", False, 0.05), ("float32", True, 1e-3)])
+def test_precision_and_xla_change_the_losses_of_training_by_little(precision, is_xla, tolerance):
+    wanted, found = (losses_of_training(*how) for how in (("float32", False), (precision, is_xla)))
+    assert wanted[-1] < wanted[0]
+    np.testing.assert_allclose(found, wanted, rtol=tolerance)
+
+
+def losses_of_training(precision: str, is_xla: bool) -> list[float]:
+    """The cnn without its dropout, five steps on the same eight images."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (8, 16, 16, 3), np.uint8), np.array([0, 1] * 4, np.float32)
+    was = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(DTYPE_POLICY[precision])
+        keras.utils.set_random_seed(1)
+        model = build_trainable("cnn", image_size=16)
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0
+        model.compile(optimizer=keras.optimizers.SGD(1e-2))
+        model.optimizer.build(model.trainable_variables)
+        step, _ = _steps(tf, keras, model, tf.distribute.get_strategy(), is_xla=is_xla)
+        batch = [tf.constant(x) for x in (images, labels, np.ones(8, np.float32), np.empty((8, 0), np.float32))]
+        return [float(step(*batch, tf.constant(8.0)).numpy()[0]) for _ in range(5)]
+    finally:
+        keras.config.set_dtype_policy(was)

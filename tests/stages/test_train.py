@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pandas as pd
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from stages.conftest import IMAGE_SIZE, Line, content
@@ -66,32 +73,67 @@ def test_a_second_run_changes_nothing_and_says_so(line: Line, copy_of, caplog: p
     assert "nothing to do" in caplog.text
 
 
-def test_killed_after_an_epoch_it_goes_on_to_the_curve_of_an_undisturbed_run(line: Line, tmp_path: Path):
-    flags = [
-        "train",
-        str(line.dataset),
-        str(tmp_path / "killed"),
-        "--model",
-        "cnn",
-        "--epochs",
-        "3",
-        "--batch-size",
-        "16",
-    ]
-    run_and_kill(flags, when=tmp_path / "killed/checkpoints/checkpoint_manager_snapshot.json")
-    assert not (tmp_path / "killed/_SUCCESS.json").exists()
-    resumed = train_of(line.dataset, tmp_path / "killed")
+FLAGS = ["--model", "cnn", "--epochs", "3", "--batch-size", "16"]
+SNAPSHOT = "checkpoints/checkpoint_manager_snapshot.json"
+
+
+def check_same_curve(found: pd.DataFrame, line: Line) -> None:
     undisturbed = pq.read_table(line.run / "history.parquet").to_pandas()
-    columns = ["epoch", "val_loss", "val_accuracy", "learning_rate"]
-    # The dropout masks after a resumption are others, so the curve is the same up to their noise.
-    assert resumed["epoch"].tolist() == undisturbed["epoch"].tolist()
-    pd.testing.assert_frame_equal(resumed[columns].iloc[:1], undisturbed[columns].iloc[:1], rtol=1e-4)
-    np.testing.assert_allclose(resumed["val_loss"], undisturbed["val_loss"], atol=0.15)
+    columns = ["epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate"]
+    pd.testing.assert_frame_equal(found[columns], undisturbed[columns], rtol=1e-2, atol=1e-2)
+
+
+def test_killed_after_an_epoch_it_goes_on_to_the_curve_of_an_undisturbed_run(line: Line, tmp_path: Path):
+    run = tmp_path / "killed"
+    run_and_kill(["train", str(line.dataset), str(run), *FLAGS], when=run / SNAPSHOT)
+    assert not (run / "_SUCCESS.json").exists()
+    check_same_curve(train_of(line.dataset, run), line)
+
+
+def test_a_worker_killed_in_mid_epoch_is_replaced_and_the_curve_is_that_of_an_undisturbed_run(
+    line: Line, tmp_path: Path
+):
+    run, killed = tmp_path / "run", []
+
+    def kill() -> None:
+        while not (run / SNAPSHOT).exists():
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):  # of this test's own Ray
+            if "RayTrainWorker" in process.name() + "".join(process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    history = train_of(line.dataset, run, max_failures=1)
+    assert len(killed) == 1
+    check_same_curve(history, line)
+    kept = [one for one in (run / "checkpoints").iterdir() if one.name.startswith("checkpoint_2")]
+    assert len(kept) <= 2, "the best and the last"
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(line: Line, tmp_path: Path):
+    run = tmp_path / "run"
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "malaria_ray", "train", str(line.dataset), str(run), *FLAGS],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / SNAPSHOT).exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "stopped; run the same command again to go on" in process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    check_same_curve(train_of(line.dataset, run), line)
 
 
 def test_a_run_in_bf16_with_xla_and_augmentation_exports_an_ordinary_float32_model(line: Line, tmp_path: Path):
     history = train_of(line.dataset, tmp_path / "run", epochs=1, precision="bf16", xla=True, augment="on")
     assert np.isfinite(history["val_loss"]).all()
+    assert (tmp_path / "run/augmented_samples.png").read_bytes().startswith(b"\x89PNG")
     with zipfile.ZipFile(tmp_path / "run/model.keras") as saved:
         assert b"bfloat16" not in saved.read("config.json")
     path = storage.locate(str(tmp_path / "run"))
@@ -148,6 +190,9 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: allowed are numbers above 0"),
         ({"model": "vgg19-frozen", "augment": "on"}, "--augment on: vgg19-frozen trains on features"),
+        ({"num_workers": "4-2"}, "--num-workers 4-2: must be at least 1, or a range such as 1-4"),
+        ({"folds": 5}, "--folds 5 --fold None: both are needed"),
+        ({"folds": 5, "fold": 6}, "--folds 5 --fold 6"),
         ({"num_workers": 65, "batch_size": 64}, "--num-workers 65"),
     ],
 )

@@ -1,0 +1,137 @@
+"""What 'compare' says of runs: validation of each, test data where results are given too, folds pooled, one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.markup import escape
+from rich.table import Table as RichTable
+from upath import UPath
+
+from malaria_ray.errors import ConfigError
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.schema import RESEARCH_ONLY
+from malaria_ray.stages.pictures import runs_figure
+from malaria_ray.statistics.metrics import cell_metrics
+
+_SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "roc_auc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One finished run. `test`: image_id, label and score of its test split, None where no results of it are given."""
+
+    name: str
+    success: dict[str, Any]
+    identity: dict[str, Any]
+    history: pd.DataFrame
+    test: pd.DataFrame | None
+
+
+def compare_runs(urls: Sequence[str]) -> bytes:
+    """Prints the tables of the runs among `urls`, the others being results of theirs; returns their figure, PNG."""
+    runs = open_runs(urls)
+    out = console()
+    out.print(_validation_table(runs))
+    if any(run.test is not None for run in runs):
+        out.print(_test_table(runs))
+    curves = {run.name: run.history for run in runs}
+    scores = {run.name: run.test for run in [*runs, *pooled(runs)] if run.test is not None}
+    out.print(RESEARCH_ONLY)
+    return runs_figure(curves, scores)
+
+
+def open_runs(urls: Sequence[str]) -> list[Run]:
+    """The runs among directories at local paths or URLs, each with the test scores of its results among them.
+
+    Raises: `ConfigError` where results belong to none of the runs; `NotCompleteError`, `DirectoryError`.
+    """
+    paths = [storage.locate(url) for url in urls]
+    of_runs = [path for path in paths if outputs.stage_of(path) != "screen"]
+    runs = {path: outputs.check_complete(path, "train") for path in of_runs}
+    results: dict[str, UPath] = {}
+    for path in paths:
+        if path in runs:
+            continue
+        run_id = str(outputs.check_complete(path, "screen")["run_id"])
+        if run_id not in {success["run_id"] for success in runs.values()}:
+            raise ConfigError(f"{path} are results of {run_id}, which is none of the runs given; give that run too")
+        results[run_id] = path
+    last_parts = [path.path.rstrip("/").rpartition("/")[2] for path in runs]
+    names = last_parts if len(set(last_parts)) == len(runs) else [str(path) for path in runs]
+    return [
+        Run(
+            name=name,
+            success=success,
+            identity=outputs.read_config(path, "train")["identity"],
+            history=storage.read_table(path / "history.parquet").to_pandas(),
+            test=_test_scores(path, results[success["run_id"]]) if success["run_id"] in results else None,
+        )
+        for name, (path, success) in zip(names, runs.items(), strict=True)
+    ]
+
+
+def pooled(runs: Sequence[Run]) -> list[Run]:
+    """The folds of each cross-validation that have results, as one run whose test cells are those of all its folds."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.identity.get("fold") and run.test is not None:
+            n_folds = run.identity["fold"].rpartition(" ")[2]
+            rest = {name: value for name, value in run.identity.items() if name not in ("fold", "init_from")}
+            groups.setdefault(repr((n_folds, sorted(rest.items(), key=str))), []).append(run)
+    return [
+        Run(
+            name=f"{len({run.identity['fold'] for run in folds})} of {folds[0].identity['fold'].rpartition(' ')[2]} "
+            f"folds of {folds[0].identity['model']}",
+            success=folds[0].success,
+            identity=folds[0].identity,
+            history=pd.concat([run.history for run in folds]),
+            test=pd.concat([run.test for run in folds]).drop_duplicates("image_id"),
+        )
+        for folds in groups.values()
+        if len(folds) > 1
+    ]
+
+
+def _test_scores(run: UPath, results: UPath) -> pd.DataFrame:
+    splits = storage.read_table(run / "splits.parquet", columns=["image_id", "split"]).to_pandas()
+    names = ["image_id", "label", "score"]
+    predictions = storage.read_table(results / "predictions", columns=names).to_pandas()
+    test: pd.DataFrame = predictions.merge(splits[splits["split"] == "test"], on="image_id")
+    return test.dropna(subset=["label"])
+
+
+def _validation_table(runs: Sequence[Run]) -> RichTable:
+    table = RichTable("run", "model", "split by", "fold", "epochs", "best", "val accuracy", "val loss", "val ROC AUC",
+                      "parameters trained", "minutes", title="Validation, best epoch")  # fmt: skip
+    for run in runs:
+        best = run.success["best"]
+        table.add_row(
+            escape(printable(run.name)),
+            run.success["model"],
+            run.identity["split_by"],
+            run.identity.get("fold") or "",
+            str(len(run.history)),
+            f"{best['epoch']:.0f}",
+            *(f"{best[name]:.4f}" for name in ("val_accuracy", "val_loss", "val_roc_auc")),
+            f"{run.success['parameters']['trainable']:,}",
+            f"{run.history['seconds'].sum() / 60:.1f}",
+        )
+    return table
+
+
+def _test_table(runs: Sequence[Run]) -> RichTable:
+    table = RichTable("run", "cells", *_SHOWN, title="Test split")
+    for run in [*runs, *pooled(runs)]:
+        if run.test is None or run.test.empty:
+            continue
+        label, score = run.test["label"].to_numpy(np.int64), run.test["score"].to_numpy(np.float32)
+        metrics = cell_metrics(label, score, threshold=float(run.success["threshold"]))
+        shown = [f"{metrics[name]:.4f}" for name in _SHOWN]
+        table.add_row(escape(printable(run.name)), f"{len(label):,}", *shown)
+    return table
