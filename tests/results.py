@@ -88,7 +88,7 @@ def write_results(
         run_id=f"{model}-1",
         raw_score=of["score"],
         novelty=0.5,
-        quality_flags=[[] for _ in of["image_id"]],
+        quality_flags=pd.Series([[] for _ in of["image_id"]], of.index, dtype=object),
     )
     quarantine = pd.DataFrame(
         {

@@ -79,13 +79,15 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
     predictions = storage.read_table(results / "predictions").to_pandas()
     threshold = float(success["threshold"])
     validation = _validation(results)
-    patients = patient_counts(
-        predictions["patient_id"],
-        predictions["label"],
-        predictions["score"],
-        threshold=threshold,
-        rates=validation.rates if validation else None,
-    )
+    patients = pd.DataFrame(columns=PATIENTS.names)
+    if len(predictions):
+        patients = patient_counts(
+            predictions["patient_id"],
+            predictions["label"],
+            predictions["score"],
+            threshold=threshold,
+            rates=validation.rates if validation else None,
+        )
     rows: list[dict[str, Any]] = []
     curves: list[pd.DataFrame] = []
     labelled = predictions[predictions["label"].notna()]
@@ -97,7 +99,7 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
         (CURVES, pd.concat([pd.DataFrame(columns=CURVES.names), *curves]).assign(model=success["model"])),
         (PATIENTS, patients),
     ]
-    if validation is not None:
+    if validation is not None and len(predictions):
         made.append((REVIEW, _review(predictions, patients, validation)))
     storage.remove(results / REVIEW.name)
     files: dict[str, storage.FileRecord] = {}
@@ -243,7 +245,9 @@ def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[s
         out.print(_classification_report(cells[cells["split"] == split].set_index("metric")["value"], split))
     calls = patients["call"].value_counts()
     said = ", ".join(f"{call} {calls.get(call, 0):,}" for call in Call)
-    called = f" (called {said})" if len(calls) else ": none is called, the run's rates of error are not known"
+    called = ""
+    if len(patients):
+        called = f" (called {said})" if len(calls) else ": none is called, the run's rates of error are not known"
     out.print(
         f"{len(patients):,} patients in patients/{called}; their parasitized fraction is no parasitaemia. "
         f"{RESEARCH_ONLY}"

@@ -66,7 +66,7 @@ def find_galleries(connection: duckdb.DuckDBPyConnection, *, split: str | None, 
 
 _OF_REVIEW = (
     ("review", "To look at first", "the head of the review queue, of all splits", "rank IS NOT NULL", "rank"),
-    ("flagged", "Flagged", "unusual images of all splits, in the order of the queue", "len(quality_flags) > 0",
+    ("flagged", "Flagged", "unusual images of all splits, in the order of the queue", "len(review.quality_flags) > 0",
      "rank NULLS LAST"),
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ def find_review_galleries(connection: duckdb.DuckDBPyConnection, *, n_each: int)
             continue
         rows = connection.sql(
             "SELECT cells.image_id, cells.patient_id, cells.label, cells.score, cells.predicted_label, cells.width, "
-            "cells.height, cells.content_digest, cells.split, reasons, quality_flags, rank "
+            "cells.height, cells.content_digest, cells.split, reasons, review.quality_flags, rank "
             f"FROM (FROM review WHERE {condition} ORDER BY {order}, image_id LIMIT {n_each}) AS review "
             f"JOIN cells USING (image_id, results) ORDER BY {order}, image_id"
         ).to_arrow_table()

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from results import cells as cells_of
+from results import write_results
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
 from stages.conftest import Line, content
 
-from malaria_ray.schema import METRICS, PATIENTS
+from malaria_ray.schema import METRICS, PATIENTS, Call
 from malaria_ray.stages import evaluate, screen
+from malaria_ray.statistics.validation import learn_from_validation
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +96,41 @@ def test_one_class_gives_null_where_a_metric_is_undefined(line: Line, tmp_path: 
     rows = metrics[(metrics["level"] == "cell") & (metrics["split"] == "test")].set_index("metric")
     assert rows["value"][["sensitivity", "roc_auc", "f1"]].isna().all()
     assert 0 <= rows["value"]["specificity"] <= 1
+
+
+ALL_CURVES = {"roc", "precision_recall", "calibration"}
+CELLS = cells_of(2000, n_patients=40)
+VALIDATION = learn_from_validation(CELLS.assign(split="val"))
+
+
+@pytest.mark.parametrize(
+    ("of", "n_patients", "curves"),
+    [
+        pytest.param(CELLS, 40, ALL_CURVES, id="all"),
+        pytest.param(CELLS.iloc[:0], 0, set(), id="no prediction"),
+        pytest.param(CELLS[CELLS["patient_id"] == "P1"], 1, ALL_CURVES, id="one patient"),
+        pytest.param(CELLS.iloc[:10], 7, ALL_CURVES, id="ten cells"),
+        pytest.param(CELLS.assign(label=pd.array([None] * 2000, "Int8")), 40, set(), id="unlabelled"),
+        pytest.param(CELLS.assign(patient_id=None), 0, ALL_CURVES, id="no patients"),
+        pytest.param(CELLS[CELLS["label"] == 0], 40, {"calibration"}, id="no positives"),
+    ],
+)
+def test_what_can_be_said_is_said_and_the_rest_is_left_out(
+    of: pd.DataFrame, n_patients: int, curves: set[str], tmp_path: Path
+):
+    results = write_results(tmp_path / "results", of, bad=("x.png",), has_images=False)
+    (results / "model").mkdir(exist_ok=True)
+    (results / "model" / "validation.json").write_text(json.dumps(VALIDATION.to_dict()))
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    patients = pq.read_table(results / "patients").to_pandas()
+    assert len(patients) == n_patients
+    assert patients["call"].isin([*Call]).all()
+    assert patients["corrected_fraction"].between(0, 1).all()
+    found = pq.read_table(results / "curves").to_pandas()
+    assert set(found["curve"]) == curves
+    metrics = pq.read_table(results / "metrics").to_pandas()
+    assert metrics["split"].nunique() == (0 if of["label"].isna().all() else of["split"].nunique())
+    if len(of):
+        reviewed = pq.read_table(results / "review").to_pandas()
+        assert sorted(reviewed["image_id"]) == sorted(of["image_id"])
+        assert reviewed["rank"].dropna().tolist() == list(range(1, int(reviewed["needs_review"].sum()) + 1))

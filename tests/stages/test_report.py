@@ -23,7 +23,7 @@ from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import printable
-from malaria_ray.schema import PATIENTS, REVIEW
+from malaria_ray.schema import PATIENTS, PREDICTIONS, REVIEW
 from malaria_ray.stages import evaluate, report, verify
 from malaria_ray.stages.views import connect, open_results
 
@@ -348,7 +348,7 @@ def test_mlcroissant_accepts_the_data_dictionary_and_reads_the_tables_by_it(made
     rows = list(dataset.records(record_set="quarantine"))
     assert sorted(row["quarantine/image_id"].decode() for row in rows) == ["bad/a.png", "bad/b.png"]
     fields = {field.id: field for record_set in dataset.metadata.record_sets for field in record_set.fields}
-    assert fields["predictions/score"].description == "P(parasitized) in 0..1 by the model"
+    assert fields["predictions/score"].description == PREDICTIONS.columns[3].meaning
     assert fields["predictions/width"].description.endswith(", in pixels")
 
 
