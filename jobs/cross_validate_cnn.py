@@ -1,0 +1,22 @@
+"""Cross-validation of the article's cnn by patient, five folds: each patient is in the test split of one of them.
+
+command:   ray job submit --working-dir . -- python jobs/cross_validate_cnn.py DATASET RUNS RESULTS
+hardware:  one worker with all CPUs of a node, or its GPU; fold after fold
+time:      ??
+result:    test accuracy ?? over RESULTS/fold-1 … fold-5 (published by patient, other models: 95.9 %)
+"""
+
+import sys
+
+from malaria_ray.stages import evaluate, screen, train
+
+N_FOLDS = 5
+
+dataset, runs, results = sys.argv[1:]
+for fold in range(1, N_FOLDS + 1):
+    run, scores = f"{runs}/fold-{fold}", f"{results}/fold-{fold}"
+    train.run(
+        train.Config(dataset=dataset, run=run, model="cnn", split_by="patient", seed=42, folds=N_FOLDS, fold=fold)
+    )
+    screen.run(screen.Config(source=dataset, results=scores, model=run, split="test"))
+    evaluate.run(evaluate.Config(results=scores))
