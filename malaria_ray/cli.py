@@ -28,6 +28,7 @@ COMMANDS = {
     "report": "results → report/index.html, one file to read in a browser, and catalog.sql",
     "query": "SQL over the tables of one or several results, by DuckDB",
     "compare": "two or more results side by side, with paired intervals",
+    "explain": "results → where the model looked in given images: Grad-CAM as arrays and overlays",
     "verify": "prove the invariants of a dataset or results directory",
     "schema": "print the data dictionary",
     "submit": "any of these as a job on a cluster: malaria-ray submit -- screen …",
