@@ -33,6 +33,7 @@ STAGE_HELPERS = {
     "charts",
     "comparison",
     "croissant",
+    "explanations",
     "figures",
     "galleries",
     "ledger",

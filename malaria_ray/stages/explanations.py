@@ -1,0 +1,98 @@
+"""What a run's Keras model looked at in given images of results: read from their archive, computed in a Ray task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from upath import UPath
+
+from malaria_ray.archives.reading import read_cells
+from malaria_ray.cells.heat import overlay
+from malaria_ray.cells.images import Pixels
+from malaria_ray.errors import ArchiveError, ConfigError, ModelError
+from malaria_ray.models.gradcam import Heat, grad_cam
+from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.session import ray_session
+from malaria_ray.schema import OK
+
+
+@dataclass(frozen=True)
+class Explained:
+    """`cells`: image_id, score, predicted_label, one row an image; `pixels`: uint8 (n, size, size, 3), RGB; `heat`:
+    float32 (n, size, size), 0..1, for the class that was called.
+    """
+
+    cells: pa.Table
+    pixels: Pixels
+    heat: Heat
+
+
+def explain(results: UPath, image_ids: Sequence[str], *, model: str | None = None) -> Explained:
+    """Grad-CAM of images that `results` has scored. `model`: where the run is now; by default where it was.
+
+    Raises: `ConfigError` for ids without a score or another run, `ModelError`, `ArchiveError`, `NotCompleteError`.
+    """
+    outputs.check_complete(results, "screen")
+    described = outputs.read_config(results, "screen")
+    run = storage.locate(model or described["config"]["model"])
+    trained = outputs.check_complete(run, "train")
+    if trained["run_id"] != described["identity"]["run_id"]:
+        raise ConfigError(
+            f"{run} is {trained['run_id']}, {results} was scored by {described['identity']['run_id']}; "
+            "give that run by --model"
+        )
+    file = run / "model.keras"
+    if not file.exists() or storage.record_of(file) != trained["files"]["model.keras"]:
+        raise ModelError(f"{file} is missing or not the file that training wrote; restore it or train anew")
+    columns = ["image_id", "score", "predicted_label", "content_digest"]
+    scored = storage.concat(
+        [storage.read_table(part, columns=columns) for part in storage.parts(results / "predictions")]
+    )
+    cells = scored.filter(pc.is_in(scored["image_id"], value_set=pa.array(image_ids, pa.string())))
+    if unknown := sorted(set(image_ids) - set(cells["image_id"].to_pylist())):
+        some = ", ".join(repr(name) for name in scored["image_id"][:3].to_pylist())
+        raise ConfigError(
+            f"{results} has no score of {unknown[0]!r} ({len(unknown)} unknown); its ids look like {some}"
+        )
+    listing = storage.read_table(results / "listing.parquet")
+    listing = listing.filter(pc.is_in(listing["image_id"], value_set=cells["image_id"].combine_chunks()))
+    image_size = int(outputs.read_config(run, "train")["identity"]["image_size"])
+    with ray_session():
+        task = ray.remote(num_cpus=1)(_explained)
+        explained: Explained = ray.get(task.remote(cells, listing, str(file), image_size))
+    return explained
+
+
+def overlays_for(results: UPath, image_ids: Sequence[str], *, model: str | None = None) -> dict[str, Pixels]:
+    """image id → the crop under its heat, uint8 (size, size, 3), RGB. Raises: as `explain`."""
+    found = explain(results, image_ids, model=model)
+    names = found.cells["image_id"].to_pylist()
+    return {name: overlay(*both) for name, *both in zip(names, found.pixels, found.heat, strict=True)}
+
+
+def _explained(cells: pa.Table, listing: pa.Table, file: str, image_size: int) -> Explained:
+    listing = listing.sort_by([("container", "ascending"), ("offset", "ascending"), ("image_id", "ascending")])
+    pixels = {}
+    for container in pc.unique(listing["container"]).to_pylist():
+        try:
+            found = read_cells(listing.filter(pc.equal(listing["container"], container)), image_size=image_size)
+        except OSError as error:
+            raise ArchiveError(f"{container} cannot be read ({type(error).__name__}); put the archive back") from error
+        images = iter(found.pixels)
+        for row in found.table.select(["image_id", "status", "detail", "content_digest"]).to_pylist():
+            if row["status"] != OK:
+                raise ArchiveError(f"{container} does not give {row['image_id']!r}: {row['detail'] or row['status']}")
+            pixels[row["image_id"]] = (next(images), row["content_digest"])
+    for row in cells.to_pylist():
+        if pixels[row["image_id"]][1] != row["content_digest"]:
+            raise ArchiveError(
+                f"the archive has other bytes under {row['image_id']!r} than were scored; screen it again"
+            )
+    stacked = np.stack([pixels[name][0] for name in cells["image_id"].to_pylist()])
+    heat = grad_cam(storage.locate(file).read_bytes(), stacked, called=cells["predicted_label"].to_numpy())
+    return Explained(cells, stacked, heat)

@@ -1,0 +1,40 @@
+"""explain on the small line: a real trained cnn, its archive, its results."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from malaria_ray.errors import ArchiveError, ConfigError, NotCompleteError
+from malaria_ray.runtime import storage
+from malaria_ray.stages import explain
+
+
+def ids_of(results) -> list[str]:
+    parts = storage.parts(storage.locate(str(results)) / "predictions")
+    return storage.read_table(parts[0], columns=["image_id"])["image_id"].to_pylist()
+
+
+def test_every_image_gets_its_heat_and_its_picture(line, tmp_path):
+    names = ids_of(line.results)[:3]
+    explain.run(explain.Config(results=str(line.results), image_ids=tuple(names), out=str(tmp_path / "out")))
+    with np.load(tmp_path / "out" / "heatmaps.npz", allow_pickle=False) as arrays:
+        assert arrays["image_id"].tolist() == names
+        assert arrays["heat"].shape == (3, 32, 32)
+    made = {file.name for file in (tmp_path / "out" / "overlays").iterdir()}
+    assert made == {explain.file_name(name) for name in names}
+    assert (tmp_path / "out" / "contact_sheet.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_explained_is_one_line(line, copy_of, tmp_path):
+    name = ids_of(line.results)[0]
+    with pytest.raises(ConfigError, match="no score of 'none.png'.*look like"):
+        explain.run(explain.Config(results=str(line.results), image_ids=("none.png",)))
+    with pytest.raises(NotCompleteError, match="is not there"):
+        explain.run(explain.Config(results=str(line.results), image_ids=(name,), model=str(tmp_path / "gone")))
+    moved = line.archive.rename(line.archive.with_suffix(".moved"))
+    try:
+        with pytest.raises(ArchiveError, match="cells.zip"):
+            explain.run(explain.Config(results=str(line.results), image_ids=(name,)))
+    finally:
+        moved.rename(line.archive)
