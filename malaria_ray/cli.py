@@ -29,6 +29,7 @@ COMMANDS = {
     "query": "SQL over the tables of one or several results, by DuckDB",
     "compare": "two or more results side by side, with paired intervals",
     "explain": "results → where the model looked in given images: Grad-CAM as arrays and overlays",
+    "audit": "results of one or several runs → likely wrong labels, and the metrics with and without them",
     "verify": "prove the invariants of a dataset or results directory",
     "schema": "print the data dictionary",
     "submit": "any of these as a job on a cluster: malaria-ray submit -- screen …",
