@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "two or more results side by side, with paired intervals",
     "audit": "labels that are likely wrong, by results of models that have not learnt from them",
     "explain": "results → where the model looked in given images: Grad-CAM as arrays and overlays",
+    "audit": "results of one or several runs → likely wrong labels, and the metrics with and without them",
     "verify": "prove the invariants of a dataset or results directory",
     "schema": "print the data dictionary",
     "submit": "any of these as a job on a cluster: malaria-ray submit -- screen …",

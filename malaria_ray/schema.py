@@ -375,8 +375,24 @@ LABEL_AUDIT = Table(
         Column("score_mean", pa.float64(), "mean out-of-fold P(parasitized) of the models"),
         Column("score_min", pa.float64(), "least of the models' scores"),
         Column("score_max", pa.float64(), "greatest of the models' scores"),
-        Column("n_models", pa.int64(), "models that have scored the image without having learnt from its patient"),
+        Column("n_models", pa.int64(), "models that have scored the image and were not trained on it"),
         Column("n_models_against", pa.int64(), "of them, those whose score is on the other side of 0.5 than the label"),
+    ),
+)
+
+AUDIT_METRICS = Table(
+    "audit_metrics",
+    "one row per model and metric: on all images that were audited, and without those of likely wrong labels. The "
+    "truth lies between: leaving out what models disagree with flatters them",
+    (
+        Column("results", pa.string(), "results directory of the scores; mean for the models' mean score"),
+        MODEL,
+        Column("metric", pa.string(), "as in metrics, by cell"),
+        Column("value", pa.float64(), "of all out-of-fold scores; null where undefined"),
+        Column("n", pa.int64(), "cells that value is computed from"),
+        Column("value_without", pa.float64(), "without the images of label_audit; null where undefined"),
+        Column("n_without", pa.int64(), "cells that value_without is computed from"),
+        Column("threshold", pa.float64(), "score from which a cell is called parasitized"),
     ),
 )
 
@@ -453,6 +469,7 @@ TABLES: dict[str, Table] = {
         PATIENTS,
         REVIEW,
         LABEL_AUDIT,
+        AUDIT_METRICS,
         LISTING,
         PACKED,
     )
@@ -461,7 +478,19 @@ TABLES: dict[str, Table] = {
 REPEATED_COLUMNS = frozenset(
     {
         *("label", "patient_id", "status", "stage", "reason", "split", "predicted_label", "suggested_label", "model"),
-        *("run_id", "level", "metric", "call", "reasons", "quality_flags", "container", "method"),
+        *(
+            "run_id",
+            "against_model",
+            "against_run_id",
+            "results",
+            "level",
+            "metric",
+            "call",
+            "reasons",
+            "quality_flags",
+            "container",
+            "method",
+        ),
     }
 )
 """Columns of few distinct values, which Parquet files keep as dictionaries; of ids and numbers one only costs space."""

@@ -27,7 +27,13 @@ from malaria_ray.schema import PROVENANCE
 
 SUCCESS = "_SUCCESS.json"
 WORK = "_work"
-_CONFIG_FILE = {"ingest": "config.json", "pack": "config.json", "train": "config.json", "screen": "run.json"}
+_CONFIG_FILE = {
+    "ingest": "config.json",
+    "pack": "config.json",
+    "train": "config.json",
+    "screen": "run.json",
+    "audit": "config.json",
+}
 
 
 def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], overwrite: bool) -> bool:

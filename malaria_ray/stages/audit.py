@@ -1,92 +1,197 @@
-"""audit: labels that are likely wrong, by the scores of models that have not learnt from them."""
+"""audit: labels that are likely wrong, by the scores of runs that were not trained on the image."""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
+import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import tyro
+from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 from tyro.conf import Positional
+from upath import UPath
 
-from malaria_ray.errors import DatasetError, QueryError
-from malaria_ray.runtime import storage
+from malaria_ray.errors import ConfigError, DatasetError, QueryError
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, printable
-from malaria_ray.schema import LABEL_AUDIT, RESEARCH_ONLY
-from malaria_ray.stages.views import absent_views, connect, open_results
-from malaria_ray.statistics.audit import label_audit, metrics_with_and_without
+from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT, RESEARCH_ONLY, Label
+from malaria_ray.stages.views import Results, absent_views, connect, open_results
+from malaria_ray.statistics.audit import label_audit, likely_wrong, mean_score, metrics_with_and_without
 
 log = logging.getLogger("malaria_ray")
 
-_N_SHOWN = 10
-_SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "roc_auc")
+MEAN = "mean"
+"""`results` of the rows of audit_metrics for the models' mean score."""
 
-# The mean over folds or seeds of a model, of those alone that have neither learnt from the image nor been chosen by it.
+_N_SHOWN = 10
+_SHOWN = ("accuracy", "sensitivity", "specificity", "roc_auc", "average_precision")
+
+# Bytes that a run was trained on are left out under any name, also where the name is in another split.
 _OUT_OF_FOLD = """
-    SELECT image_id, content_digest, any_value(label) AS label, any_value(patient_id) AS patient_id, model,
-           avg(score) AS score
-    FROM cells WHERE label IS NOT NULL AND split NOT IN ('train', 'val')
-    GROUP BY image_id, content_digest, model ORDER BY image_id
+    SELECT image_id, content_digest, patient_id, label, score, run_id, results,
+           EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split = 'train'
+                   AND splits.patient_id = cells.patient_id) AS knows_patient
+    FROM cells
+    WHERE label IS NOT NULL AND split <> 'train'
+    AND NOT EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split = 'train'
+                    AND splits.content_digest = cells.content_digest)
+    ORDER BY image_id, content_digest, results
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Lists the images whose label is contradicted by models that have not learnt from them, as the folds of a
-    cross-validation are; says what the metrics are with and without these images.
+    """Finds labels that are likely wrong (confident learning). Each image is judged by the scores of the runs that were
+    not trained on it: one results directory audits what its run held out, those of all folds the whole data set.
     """
 
-    results: Positional[tuple[str, ...]]
-    """Directories made by 'malaria-ray screen', of one archive; folds of one model count as one."""
-    file: str = "label_audit.parquet"
-    """Parquet file to write; replaced where it is there."""
+    results_and_audit: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS [RESULTS …] AUDIT")]
+    """Directories made by 'malaria-ray screen', then the directory to write."""
+    overwrite: bool = False
+    """Delete an audit that is there and begin again."""
+
+    def __post_init__(self) -> None:
+        if len(self.results_and_audit) < 2:
+            raise ConfigError("give one or several results directories, then the directory to write the audit to")
 
 
 def run(config: Config) -> None:
-    """Writes the table and prints its head. Raises: `QueryError`, `DatasetError` where no image can be audited."""
-    opened = open_results(config.results)
-    if (line := absent_views(opened).get("splits") or absent_views(opened).get("predictions")) is not None:
+    """Writes label_audit/ and audit_metrics/ and prints them in short; does nothing where that is done.
+
+    Raises: `DatasetError` where no label can be audited, `ConfigError`, `QueryError`, `DirectoryError`.
+    """
+    started = time.monotonic()
+    opened = open_results(config.results_and_audit[:-1])
+    path = storage.locate(config.results_and_audit[-1])
+    lacking = absent_views(opened)
+    if (line := lacking.get("splits") or lacking.get("predictions")) is not None:
         raise QueryError(line)
-    of_models = connect(opened).sql(_OUT_OF_FOLD).df()
-    images = ["image_id", "content_digest"]
-    cells = of_models.pivot(index=images, columns="model", values="score").dropna()
-    if cells.empty:
+    identity = {one.name: _records(one) for one in opened}
+    if outputs.prepare(path, stage="audit", config=config, identity=identity, overwrite=config.overwrite):
+        with connect(opened) as connection:
+            _audit(connection, opened, path, started)
+    else:
+        log.info("%s is finished; nothing to do", path)
+    _print_report(path, outputs.check_complete(path, "audit"))
+
+
+def _records(one: Results) -> dict[str, str]:
+    return {
+        name: record["sha256"]
+        for name, record in one.success["files"].items()
+        if name.startswith("predictions/") or name == "model/splits.parquet"
+    }
+
+
+def _audit(connection: duckdb.DuckDBPyConnection, opened: Sequence[Results], path: UPath, started: float) -> None:
+    found = connection.sql(_OUT_OF_FOLD).df()
+    _check(found)
+    images = found.groupby("image_id").agg(label=("label", "first"), patient_id=("patient_id", "first"))
+    by_results = found.pivot(index="image_id", columns="results", values="score").loc[images.index]
+    label = images["label"].to_numpy(np.int64)
+    scores = {name: by_results[name].to_numpy(np.float32) for name in by_results}
+    _, mean = mean_score(label, scores)
+    is_doubted = likely_wrong(label, scores)
+    table = label_audit(images.index, label, scores, patient_id=images["patient_id"])
+    metrics = [
+        metrics_with_and_without(label, mean, is_doubted, threshold=0.5).assign(results=MEAN, model=None, threshold=0.5)
+    ]
+    for one in opened:
+        if one.name not in scores:
+            continue
+        has_score, threshold = ~np.isnan(scores[one.name]), float(one.success["threshold"])
+        metrics.append(
+            metrics_with_and_without(
+                label[has_score], scores[one.name][has_score], is_doubted[has_score], threshold=threshold
+            ).assign(results=one.name, model=one.success["model"], threshold=threshold)
+        )
+    files: dict[str, storage.FileRecord] = {}
+    for kind, frame in ((LABEL_AUDIT, table), (AUDIT_METRICS, pd.concat(metrics))):
+        rows = pa.Table.from_pandas(frame[kind.names], schema=kind.arrow_schema(), preserve_index=False)
+        files |= outputs.write_table(path, f"{kind.name}/{storage.part_name(0)}", rows, stage="audit")
+    counts = {
+        "n_audited": len(images),
+        "n_likely_wrong": len(table),
+        "n_scores": len(found),
+        "n_scores_of_known_patients": int(found["knows_patient"].sum()),
+        "n_results": len(scores),
+    }
+    outputs.finish(path, counts=counts, files=files, timings={"seconds": round(time.monotonic() - started, 3)})
+
+
+def _check(found: pd.DataFrame) -> None:
+    """Raises: `DatasetError` where there is nothing to audit or a score or label is none, `ConfigError` where two
+    results have the scores of one run for one image.
+    """
+    if found.empty:
         raise DatasetError(
-            "no labelled image was scored out of fold by every model: audit results of the images that their runs held "
-            "out, the folds of 'train --folds', say"
+            "no labelled image was scored by a run that was not trained on it: nothing can be audited; give results of "
+            "runs that held images out, those of all folds for the whole data set"
         )
-    rows = of_models.drop_duplicates(images).set_index(images).loc[cells.index].reset_index()
-    scores = {str(model): cells[model].to_numpy() for model in cells.columns}
-    label = rows["label"].astype(int)
-    found = label_audit(rows["image_id"], label, scores, patient_id=rows["patient_id"])
-    table = pa.Table.from_pandas(found, schema=LABEL_AUDIT.arrow_schema(), preserve_index=False)
-    storage.write_table(storage.locate(config.file), table)
-    is_left_out = rows["image_id"].isin(found["image_id"])
-    metrics = metrics_with_and_without(label, cells.mean(axis=1).to_numpy(), is_left_out, threshold=0.5)
-    _print_report(found, metrics, n=len(rows), models=list(scores))
-    log.info("label audit: %s", config.file)
+    scores = found["score"].astype(np.float64)
+    if (bad := ~scores.between(0, 1)).any():
+        row = found[bad].iloc[0]
+        raise DatasetError(
+            f"{bad.sum():,} scores are no numbers in 0..1, the first {row['score']} of {row['image_id']!r} in "
+            f"{row['results']}: 'malaria-ray verify' says whether the file was changed; screen anew"
+        )
+    for column, what in (("content_digest", "contents"), ("label", "labels")):
+        several = found.groupby("image_id")[column].nunique()
+        if len(several := several[several > 1]):
+            raise DatasetError(
+                f"{len(several):,} images have several {what} in these results, the first {several.index[0]!r}: give "
+                "results of one archive"
+            )
+    if (twice := found.duplicated(["image_id", "run_id"])).any():
+        row = found[twice].iloc[0]
+        raise ConfigError(
+            f"run {row['run_id']} scored {row['image_id']!r} in two of these results: give the scores of a run once"
+        )
 
 
-def _print_report(found: pd.DataFrame, metrics: pd.DataFrame, *, n: int, models: list[str]) -> None:
-    out = console()
-    table = RichTable("image_id", "patient_id", "label", "mean score", "models against", title="least credible labels")
-    for row in found.head(_N_SHOWN).itertuples():
-        against = f"{row.n_models_against} of {row.n_models}"
-        table.add_row(
-            printable(str(row.image_id)),
-            printable(str(row.patient_id)),
-            str(row.label),
-            f"{row.score_mean:.4f}",
-            against,
-        )
-    out.print(table)
-    both = RichTable("metric", f"all {n:,}", f"without {len(found):,}", title=f"mean of {', '.join(models)}")
-    of = metrics.set_index("metric")
-    for name in _SHOWN:
-        both.add_row(name, f"{of['value'][name]:.4f}", f"{of['value_without'][name]:.4f}")
-    out.print(both)
+def _print_report(path: UPath, success: dict[str, Any]) -> None:
+    counts, out = success["counts"], console()
+    audit = storage.read_table(path / LABEL_AUDIT.name).to_pandas()
+    metrics = storage.read_table(path / AUDIT_METRICS.name).to_pandas()
+    shown = RichTable("results", "metric", "all", "without", title="metrics with and without likely wrong labels")
+    for name, rows in metrics.groupby("results", sort=False):
+        of = rows.set_index("metric")
+        for metric in _SHOWN:
+            row = of.loc[metric]
+            cells = (
+                f"{_number(row['value'])} ({row['n']:,})",
+                f"{_number(row['value_without'])} ({row['n_without']:,})",
+            )
+            shown.add_row(escape(printable(str(name))), metric, *cells)
+    out.print(shown)
+    if len(audit):
+        table = RichTable("image", "label", "mean score", "models against", title="the least credible labels")
+        for row in audit.head(_N_SHOWN).itertuples():
+            against = f"{row.n_models_against} of {row.n_models}"
+            image = Text(printable(str(row.image_id)))
+            table.add_row(image, Label(row.label).name, f"{row.score_mean:.4f}", against)
+        out.print(table)
     out.print(
-        f"{len(found):,} of {n:,} labels are likely wrong, or hard for these models; the truth lies between the two "
-        f"columns. {RESEARCH_ONLY}"
+        f"{len(audit):,} of {counts['n_audited']:,} labels are likely wrong; all in {LABEL_AUDIT.name}/. Models and "
+        "labels disagree there, and either may be wrong: look at them before a label is changed.",
+        soft_wrap=True,
     )
+    if known := counts["n_scores_of_known_patients"]:
+        out.print(
+            f"{known:,} of {counts['n_scores']:,} scores are of runs that were trained on other images of the patient "
+            "(split by image); scores of runs split by patient say more.",
+            soft_wrap=True,
+        )
+    out.print(RESEARCH_ONLY)
+
+
+def _number(value: float) -> str:
+    return "undefined" if pd.isna(value) else f"{value:.4f}"

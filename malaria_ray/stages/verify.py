@@ -16,19 +16,19 @@ from upath import UPath
 from malaria_ray.errors import DirectoryError, InvariantError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console
-from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, SCHEMA_VERSION, SPLITS, Table
+from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT, OK, PREDICTIONS, QUARANTINE, SCHEMA_VERSION, SPLITS, Table
 
 _N_NAMED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Checks a dataset, run or results directory; fails with the offending image ids where a row is missing, doubled
-    or changed.
+    """Checks a dataset, run, results or audit directory; fails with the offending image ids where a row is missing,
+    doubled or changed.
     """
 
     directory: Positional[str]
-    """Directory made by 'malaria-ray ingest', 'pack', 'train' or 'screen'."""
+    """Directory made by 'malaria-ray ingest', 'pack', 'train', 'screen' or 'audit'."""
 
 
 def run(config: Config) -> None:
@@ -40,6 +40,7 @@ def run(config: Config) -> None:
     success = outputs.check_complete(path, stage)
     faults = [*_file_faults(path, success["files"]), *_extra_files(path, success["files"])]
     checks = {"ingest": _dataset_faults, "pack": _packed_faults, "train": _run_faults, "screen": _results_faults}
+    checks["audit"] = _audit_faults
     faults += checks[stage](path)
     if faults:
         raise InvariantError(f"{path} does not hold: " + "; ".join(faults))
@@ -105,6 +106,13 @@ def _packed_faults(path: UPath) -> Iterator[str]:
     listing = _ids(path / "listing.parquet")
     if listing is not None:
         yield from _difference("images/", listing["image_id"], _ids_of_parts(path / "images"))
+
+
+def _audit_faults(path: UPath) -> Iterator[str]:
+    """Every image at most once."""
+    yield from _doubled(f"{LABEL_AUDIT.name}/", _ids_of_parts(path / LABEL_AUDIT.name))
+    for table in (LABEL_AUDIT, AUDIT_METRICS):
+        yield from _schema_faults(path / table.name, table)
 
 
 def _run_faults(path: UPath) -> Iterator[str]:

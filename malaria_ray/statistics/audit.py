@@ -1,7 +1,8 @@
 """Labels that are likely wrong, by models that have not seen them.
 
-Throughout, `label` is (n,) of 0 or 1 without nulls, and scores are out-of-fold: each image was scored by a model that
-has learnt neither from it nor from another image of its patient. A model that has learnt a wrong label agrees with it.
+Throughout, `label` is (n,) of 0 or 1 without nulls, and scores are out-of-fold: of models that have not learnt from the
+image, best of all from none of its patient. A model that has learnt a wrong label agrees with it. NaN stands where a
+model gives no such score; every image needs one of one model at least.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from malaria_ray.statistics.metrics import Integers, cell_metrics, check_cells, 
 def likely_wrong(label: ArrayLike, scores: Mapping[str, ArrayLike]) -> NDArray[np.bool_]:
     """(n,) bool, True where the label is likely wrong.
 
-    scores  out-of-fold scores by model, each (n,) in 0..1; several are averaged
+    scores  out-of-fold scores by model, each (n,) in 0..1 or NaN; those of an image are averaged
 
     Confident learning: Northcutt et al. 2021, Confident learning: estimating uncertainty in dataset labels, pruning by
     noise rate, as the library cleanlab does it. The number of wrong labels of each class is estimated by how often
@@ -32,7 +33,7 @@ def likely_wrong(label: ArrayLike, scores: Mapping[str, ArrayLike]) -> NDArray[n
 
     Raises DatasetError for bad labels or scores, no model, or one class only.
     """
-    labels, probability = _mean_score(label, scores)
+    labels, probability = mean_score(label, scores)
     pred_probs = np.column_stack([1 - probability, probability])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "May not flag all label issues", UserWarning)  # one cell of a class: never
@@ -49,12 +50,13 @@ def label_audit(
     patient_id  (n,) of strings or null
     Raises as `likely_wrong` does.
     """
-    labels, probability = _mean_score(label, scores)
+    labels, probability = mean_score(label, scores)
     names = np.asarray(image_id, dtype=object)
     patients = np.full(len(labels), None, object) if patient_id is None else np.asarray(patient_id, dtype=object)
     check_lengths(label=len(labels), image_id=len(names), patient_id=len(patients))
     by_model = np.stack([np.asarray(score, dtype=np.float64) for score in scores.values()])
-    against = (by_model >= 0.5) != (labels == Label.parasitized)
+    given = ~np.isnan(by_model)
+    against = given & ((by_model >= 0.5) != (labels == Label.parasitized))
     table = pd.DataFrame(
         {
             "image_id": names,
@@ -63,9 +65,9 @@ def label_audit(
             "suggested_label": (1 - labels).astype(np.int8),
             "label_credibility": np.where(labels == Label.parasitized, probability, 1 - probability),
             "score_mean": probability,
-            "score_min": by_model.min(axis=0),
-            "score_max": by_model.max(axis=0),
-            "n_models": len(by_model),
+            "score_min": np.nanmin(by_model, axis=0),
+            "score_max": np.nanmax(by_model, axis=0),
+            "n_models": given.sum(axis=0),
             "n_models_against": against.sum(axis=0),
         }
     )
@@ -100,13 +102,22 @@ def metrics_with_and_without(
     )
 
 
-def _mean_score(label: ArrayLike, scores: Mapping[str, ArrayLike]) -> tuple[Integers, NDArray[np.float64]]:
-    """(n,) labels and (n,) float64 mean of the models' scores, both checked."""
+def mean_score(label: ArrayLike, scores: Mapping[str, ArrayLike]) -> tuple[Integers, NDArray[np.float64]]:
+    """(n,) labels and (n,) float64 mean of the scores that each image has, both checked. Raises as `likely_wrong`."""
     if not scores:
         raise DatasetError("no model: a label is audited by the out-of-fold scores of one model or more")
-    checked = [check_cells(label, score) for score in scores.values()]
-    labels = checked[0][0]
+    by_model = [np.asarray(score, dtype=np.float64) for score in scores.values()]
+    of_label = pd.Series(label).to_numpy()
+    for score in by_model:
+        check_lengths(label=len(of_label), score=len(score))
+    given = ~np.isnan(np.stack(by_model))
+    for score, has_score in zip(by_model, given, strict=True):
+        if has_score.any():
+            check_cells(of_label[has_score], score[has_score])
+    n = given.sum(axis=0)
+    mean = np.divide(np.nansum(by_model, axis=0), n, out=np.full(given.shape[1], np.nan), where=n > 0)
+    labels, probability = check_cells(label, mean)
     missing = [value.name for value in Label if not np.any(labels == value)]
     if missing:
         raise DatasetError(f"none of the {len(labels)} cells is {missing[0]}: labels of one class cannot be audited")
-    return labels, np.mean([score.astype(np.float64) for _, score in checked], axis=0)
+    return labels, probability.astype(np.float64)

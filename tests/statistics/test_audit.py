@@ -98,7 +98,7 @@ def test_few_cells_give_a_table(label: list[int], score: list[float]) -> None:
         ([0, 1], {}, "no model"),
         ([1, 1], {"m": [0.5, 0.6]}, "none of the 2 cells is uninfected"),
         ([0, 0], {"m": [0.5, 0.6]}, "none of the 2 cells is parasitized"),
-        ([0, 1], {"m": [0.5, 0.6], "other": [0.5, np.nan]}, "score of row 1 is nan"),
+        ([0, 1], {"m": [0.5, np.nan], "other": [0.5, np.nan]}, "score of row 1 is nan"),
         ([0, None], {"m": [0.5, 0.6]}, "label of row 1 is nan"),
         ([0, 1], {"m": [0.5]}, "2 rows of label, 1 rows of score"),
     ],
