@@ -28,7 +28,6 @@ COMMANDS = {
     "report": "results → report/index.html, one file to read in a browser, and catalog.sql",
     "query": "SQL over the tables of one or several results, by DuckDB",
     "compare": "two or more results side by side, with paired intervals",
-    "audit": "labels that are likely wrong, by results of models that have not learnt from them",
     "explain": "results → where the model looked in given images: Grad-CAM as arrays and overlays",
     "audit": "results of one or several runs → likely wrong labels, and the metrics with and without them",
     "verify": "prove the invariants of a dataset or results directory",
