@@ -81,18 +81,29 @@ def untrained_run(folder: Path, *, image_size: int = IMAGE_SIZE) -> Path:
 
 def _write_run(folder: Path, image_size: int) -> Path:
     from malaria_ray.models.building import build_trainable
-    from malaria_ray.models.export import to_onnx
+    from malaria_ray.models.export import to_onnx, with_features
+    from malaria_ray.statistics.calibration import Calibration
+    from malaria_ray.statistics.novelty import Novelty
+    from malaria_ray.statistics.validation import Validation
 
     model = build_trainable("cnn", image_size=image_size)
-    model.predict_on_batch(np.zeros((1, image_size, image_size, 3), np.uint8))
+    described = with_features(model)
+    n_features = described.outputs[1].shape[-1]
     run = storage.locate(str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "model.keras")
-    (folder / "model.onnx").write_bytes(to_onnx(model))
+    (folder / "model.onnx").write_bytes(to_onnx(described))
+    calibration = Calibration(temperature=1.5, threshold=0.5, specificity=None, n=1, n_patients=1)
+    validation = Validation(calibration=calibration, rates=None, rates_missing="the network is untrained")
+    storage.write_json(run / "validation.json", validation.to_dict())
+    novelty = Novelty(
+        means=np.zeros((2, n_features), np.float32), whitening=np.eye(n_features, dtype=np.float32), threshold=1.0
+    )
+    storage.write_bytes(run / "novelty.npz", novelty.to_bytes())
     storage.write_json(run / "config.json", {"stage": "train", "identity": {}, "config": {"model": "cnn"}})
     storage.write_table(run / "splits.parquet", SPLITS.arrow_schema().empty_table())
     storage.write_table(run / "history.parquet", HISTORY.arrow_schema().empty_table())
-    names = ("model.keras", "model.onnx", "splits.parquet", "history.parquet")
+    names = ("model.keras", "model.onnx", "splits.parquet", "history.parquet", "validation.json", "novelty.npz")
     digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()[:8]
     outputs.finish(
         run,
