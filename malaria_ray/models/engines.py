@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -97,7 +98,8 @@ class KerasEngine:
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            tf.config.threading.set_intra_op_parallelism_threads(n_threads)
+            with contextlib.suppress(RuntimeError):  # where TensorFlow has begun in this process, its threads stay
+                tf.config.threading.set_intra_op_parallelism_threads(n_threads)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.keras"
             file.write_bytes(model)
