@@ -45,19 +45,11 @@ class ScoringPlan:
     n_threads: int
     use_gpu: bool
     threshold: float
+    """Of calibrated scores."""
     temperature: float
     novelty_file: str
     model: str
     run_id: str
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What the run learnt from its validation cells. `threshold` is of calibrated scores."""
-
-    temperature: float
-    threshold: float
-    novelty: Novelty
 
 
 @dataclass(frozen=True)
@@ -71,23 +63,22 @@ class Piece:
 
 
 def image_columns(
-    raw_scores: Scores, features: Features, sides: pa.Table, pixels: Pixels, *, learnt: Learnt
+    raw_scores: Scores, features: Features, sides: pa.Table, pixels: Pixels, plan: ScoringPlan, novelty: Novelty
 ) -> dict[str, pa.Array]:
     """What is said of each usable image, by column of the predictions.
 
     `raw_scores`: float32 (n,), 0..1; `features`: float32 (n, k); `sides`: n rows of width and height before resizing;
     `pixels`: uint8 (n, size, size, 3), RGB. Each column has n values.
     """
-    scores = calibrate(raw_scores, learnt.temperature) if len(raw_scores) else raw_scores
-    is_called = scores >= np.float32(learnt.threshold)
+    scores = calibrate(raw_scores, plan.temperature) if len(raw_scores) else raw_scores
+    is_called = scores >= np.float32(plan.threshold)
     measured = zip(pixels, sides["width"].to_pylist(), sides["height"].to_pylist(), strict=True)
     found = [flags(quality(image, width=width, height=height)) for image, width, height in measured]
-    novelty = learnt.novelty.distance(features) / np.float32(learnt.novelty.threshold)
     return {
         "score": pa.array(scores, pa.float32()),
         "predicted_label": pa.array(is_called.astype(np.int8)),
         "raw_score": pa.array(raw_scores, pa.float32()),
-        "novelty": pa.array(novelty, pa.float32()),
+        "novelty": pa.array(novelty.distance(features) / np.float32(novelty.threshold), pa.float32()),
         "quality_flags": pa.array([[str(flag) for flag in of_image] for of_image in found], pa.list_(pa.string())),
     }
 
@@ -108,8 +99,7 @@ class Scorer:
         self.engine = open_engine(
             plan.engine, model, n_threads=plan.n_threads, batch_size=plan.batch_size, use_gpu=plan.use_gpu
         )
-        novelty = Novelty.from_bytes(storage.locate(plan.novelty_file).read_bytes())
-        self.learnt = Learnt(plan.temperature, plan.threshold, novelty)
+        self.novelty = Novelty.from_bytes(storage.locate(plan.novelty_file).read_bytes())
         self._metrics = _Metrics(plan)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -125,7 +115,7 @@ class Scorer:
         place = pa.array(np.cumsum(is_ok) - 1, mask=~is_ok)  # of each row among the usable ones; null for the others
         rows = piece.rows
         sides = rows.select(["width", "height"]).filter(is_ok)
-        columns = image_columns(raw_scores, features, sides, piece.pixels, learnt=self.learnt)
+        columns = image_columns(raw_scores, features, sides, piece.pixels, plan, self.novelty)
         for name, column in columns.items():
             rows = rows.append_column(name, column.take(place))
         for name, value in (
