@@ -372,12 +372,16 @@ def _scored_rows(results: UPath, n_files: int) -> Iterator[duckdb.DuckDBPyConnec
         rows.register("stream", pa.RecordBatchReader.from_batches(SCORED, batches))
         rows.execute("CREATE TABLE scored AS SELECT * FROM stream")
         rows.unregister("stream")
-        found = _one(rows, "SELECT count(*), count(DISTINCT key), min(key), max(key) FROM scored")
-        if found != (n_files, n_files, 0, n_files - 1):
+        n_rows, *found = _one(rows, "SELECT count(*), count(DISTINCT key), min(key), max(key) FROM scored")
+        if found != [n_files, 0, n_files - 1]:
             raise InvariantError(
-                f"{found[0]:,} rows were scored of {n_files:,} files, {found[1]:,} of them different; {results} is not "
+                f"{n_rows:,} rows were scored of {n_files:,} files, {found[0]:,} of them different; {results} is not "
                 "published: keep it and report this"
             )
+        if n_rows > n_files:  # the workers of a killed driver, or of a node cut off, wrote on while this run scored
+            log.info("%s files were scored twice; the first row of each is kept", f"{n_rows - n_files:,}")
+            rows.execute("CREATE TABLE once AS SELECT DISTINCT ON (key) * FROM scored ORDER BY key, scored_at")
+            rows.execute("DROP TABLE scored; ALTER TABLE once RENAME TO scored")
         yield rows
 
 
