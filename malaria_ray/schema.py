@@ -163,6 +163,7 @@ CONTENT_DIGEST = Column(
     "content_digest", pa.string(), "first 32 hex digits of the SHA-256 of the encoded file; null where unread"
 )
 MODEL = Column("model", pa.string(), "name of the model: cnn, vgg19-frozen or vgg19-finetuned")
+RUN_ID = Column("run_id", pa.string(), "identifier of the training run whose model gave the score")
 
 MANIFEST = Table(
     "manifest",
@@ -236,7 +237,7 @@ PREDICTIONS = Table(
         HEIGHT,
         CONTENT_DIGEST,
         MODEL,
-        Column("run_id", pa.string(), "identifier of the training run whose model gave the score"),
+        RUN_ID,
         Column(
             "raw_score",
             pa.float32(),
@@ -277,6 +278,28 @@ METRICS = Table(
         ),
         Column("n", pa.int64(), "cells or patients that the value is computed from"),
         Column("threshold", pa.float64(), "score from which a cell is called parasitized; null where not used"),
+    ),
+)
+
+DIFFERENCES = Table(
+    "differences",
+    "one row per metric: these results against others of the same images, by cell, on the labelled cells that both "
+    "models held out (else on all labelled ones)",
+    (
+        MODEL,
+        RUN_ID,
+        Column("against_model", pa.string(), "architecture that the other results are of"),
+        Column("against_run_id", pa.string(), "run that the other results are of"),
+        Column("metric", pa.string(), "as in metrics, by cell"),
+        Column("value", pa.float64(), "of these results; null where undefined"),
+        Column("against_value", pa.float64(), "of the other results; null where undefined"),
+        Column("difference", pa.float64(), "value - against_value; null where either is undefined"),
+        Column(
+            "ci_low", pa.float64(), "lower end of its 95 % interval by paired bootstrap over patients; null where none"
+        ),
+        Column("ci_high", pa.float64(), "upper end of that interval; null where none"),
+        Column("n", pa.int64(), "cells that both values are computed from"),
+        Column("is_held_out", pa.bool_(), "whether neither model was trained or tuned on any of these cells"),
     ),
 )
 
@@ -465,6 +488,7 @@ TABLES: dict[str, Table] = {
         HISTORY,
         PREDICTIONS,
         METRICS,
+        DIFFERENCES,
         CURVES,
         PATIENTS,
         REVIEW,

@@ -113,6 +113,14 @@ def check_complete(path: UPath, stage: str) -> dict[str, Any]:
         raise DirectoryError(f"{path / SUCCESS} is damaged: {error}; make {path} anew with --overwrite") from error
 
 
+def files_added(path: UPath) -> dict[str, FileRecord]:
+    """Records of the files that later stages (evaluate, report) added to a finished directory, of all that finished."""
+    files: dict[str, FileRecord] = {}
+    for marker in sorted(path.glob(f"*/{SUCCESS}"), key=str):
+        files |= storage.read_json(marker)["files"]
+    return files
+
+
 def read_config(path: UPath, stage: str) -> dict[str, Any]:
     """The config file of a directory of `stage`. Raises: `DirectoryError`."""
     found = _read_config(path, stage)

@@ -34,14 +34,15 @@ MEAN = "mean"
 _N_SHOWN = 10
 _SHOWN = ("accuracy", "sensitivity", "specificity", "roc_auc", "average_precision")
 
-# Bytes that a run was trained on are left out under any name, also where the name is in another split.
+# Bytes that a run was trained on, or chose its best epoch, temperature and threshold by, are left out under any name,
+# also where the name is in another split.
 _OUT_OF_FOLD = """
     SELECT image_id, content_digest, patient_id, label, score, run_id, results,
            EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split = 'train'
                    AND splits.patient_id = cells.patient_id) AS knows_patient
     FROM cells
-    WHERE label IS NOT NULL AND split <> 'train'
-    AND NOT EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split = 'train'
+    WHERE label IS NOT NULL AND split NOT IN ('train', 'val')
+    AND NOT EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split IN ('train', 'val')
                     AND splits.content_digest = cells.content_digest)
     ORDER BY image_id, content_digest, results
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from upath import UPath
 
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.images import Pixels
+from malaria_ray.errors import MalariaRayError
 from malaria_ray.schema import OK, QUALITY_MEANING, REVIEW_MEANING, Label
+from malaria_ray.stages.explanations import overlays_for
 
 _JPEG_QUALITY = 85  # about 3 kB for a crop of 125 × 125
 
@@ -130,6 +133,19 @@ def pictures(
                 urls[cell["image_id"]] = _data_url(image)
                 del missing[cell["image_id"]]
     return urls, missing
+
+
+def heats(results: UPath, image_ids: Collection[str]) -> tuple[dict[str, str], str | None]:
+    """(image id → the crop under its Grad-CAM heat as a data URL, why there are none). The run that scored the images
+    computes them: it may be gone, or hold other weights since.
+    """
+    if not image_ids:
+        return {}, None
+    try:
+        overlays = overlays_for(results, sorted(image_ids))
+    except MalariaRayError as error:
+        return {}, str(error)
+    return {name: _data_url(image) for name, image in overlays.items()}, None
 
 
 def _data_url(image: Pixels) -> str:

@@ -19,7 +19,7 @@ from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label, Split
 from malaria_ray.stages import figures
 from malaria_ray.stages.croissant import croissant
-from malaria_ray.stages.galleries import find_galleries, find_review_galleries, pictures
+from malaria_ray.stages.galleries import find_galleries, find_review_galleries, heats, pictures
 from malaria_ray.stages.pages import render, templates_digest
 from malaria_ray.stages.views import Results, absent_views, catalog, connect, open_results
 
@@ -40,6 +40,8 @@ class Config:
     """Directory made by 'malaria-ray screen', best after 'malaria-ray evaluate'."""
     thumbnails: int = 24
     """Cells that each gallery shows at most."""
+    grad_cam: bool = True
+    """Show beside each cell where the model looked; needs the run where it was when it scored the images."""
     overwrite: bool = False
     """Write the report anew where it is there."""
 
@@ -89,6 +91,7 @@ def _identity(results: Results, config: Config) -> dict[str, Any]:
         "screened": {name: record["sha256"] for name, record in results.success["files"].items()},
         "evaluated": storage.read_json(evaluated)["identity"] if evaluated.exists() else None,
         "thumbnails": config.thumbnails,
+        "grad_cam": config.grad_cam,
         "templates": templates_digest(),
         "malaria_ray": malaria_ray.__version__,
     }
@@ -106,6 +109,9 @@ def _page(results: Results, config: Config) -> str:
     if "review" not in absent:
         galleries += find_review_galleries(connection, n_each=config.thumbnails)
     images, without_image = pictures(connection, galleries, image_size=trained["image_size"])
+    heat, without_heat = heats(results.path, images) if config.grad_cam else ({}, None)
+    if without_heat:
+        log.warning("no Grad-CAM in the report: %s", without_heat)
     return render(
         "report.html",
         name=results.name,
@@ -126,6 +132,8 @@ def _page(results: Results, config: Config) -> str:
         galleries=galleries,
         images=images,
         without_image=without_image,
+        heat=heat,
+        without_heat=without_heat,
         quarantine=_quarantine(connection),
     )
 

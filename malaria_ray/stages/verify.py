@@ -42,9 +42,11 @@ def run(config: Config) -> None:
     checks = {"ingest": _dataset_faults, "pack": _packed_faults, "train": _run_faults, "screen": _results_faults}
     checks["audit"] = _audit_faults
     faults += checks[stage](path)
+    added = outputs.files_added(path)
+    faults += [*_file_faults(path, added), *_extra_files(path, added)]
     if faults:
         raise InvariantError(f"{path} does not hold: " + "; ".join(faults))
-    n_files, counts = len(success["files"]), success["counts"]
+    n_files, counts = len(success["files"] | added), success["counts"]
     console().print(f"{path} holds: {n_files} files as written; {counts}", highlight=False, soft_wrap=True)
 
 
@@ -70,7 +72,7 @@ def _extra_files(path: UPath, files: dict[str, Any]) -> Iterator[str]:
     """
     for folder in sorted({name.rpartition("/")[0] for name in files if "/" in name}):
         for file in sorted((path / folder).glob("*"), key=lambda file: file.name):
-            if f"{folder}/{file.name}" not in files:
+            if f"{folder}/{file.name}" not in files and file.name != outputs.SUCCESS:
                 yield f"{folder}/{file.name} was not written by the stage"
 
 

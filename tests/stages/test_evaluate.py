@@ -4,6 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -12,8 +13,10 @@ from results import write_results
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
 from stages.conftest import Line, content
 
-from malaria_ray.schema import METRICS, PATIENTS, Call
-from malaria_ray.stages import evaluate, screen
+from malaria_ray.errors import DatasetError
+from malaria_ray.schema import DIFFERENCES, METRICS, PATIENTS, Call
+from malaria_ray.stages import evaluate, screen, verify
+from malaria_ray.stages.views import connect, open_results
 from malaria_ray.statistics.validation import learn_from_validation
 
 
@@ -53,6 +56,41 @@ def test_patients_are_counted(evaluated: Path):
     assert patients["n_cells"].tolist() == by_patient.size().tolist()
     assert patients["n_parasitized"].tolist() == by_patient["predicted_label"].sum().tolist()
     assert patients["label"].tolist() == by_patient["label"].max().tolist()
+
+
+def two_models(folder: Path) -> tuple[Path, Path]:
+    """Results of two models on the same 400 labelled cells of 40 patients; the second errs more."""
+    good = cells_of(400, n_patients=40)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, len(good))
+    poor = good.assign(score=(good["score"] + noise).clip(0, 1).astype("float32"))
+    return write_results(folder / "good", good), write_results(folder / "poor", poor, archive=folder / "good-archive")
+
+
+def test_two_models_are_compared_on_the_cells_that_both_held_out(tmp_path: Path):
+    good, poor = two_models(tmp_path)
+    evaluate.run(evaluate.Config(results=str(good), against=str(poor), n_resamples=100))
+    table = pq.read_table(good / "differences").to_pandas().set_index("metric")
+    assert list(pq.read_schema(good / "differences/part-00000.parquet").names) == DIFFERENCES.names
+    held_out = {}
+    for results in (good, poor):
+        with connect(open_results([str(results)])) as views:
+            cells = views.sql("SELECT * FROM cells WHERE split NOT IN ('train', 'val') AND label IS NOT NULL").df()
+        held_out[results] = accuracy_score(cells["label"], cells["predicted_label"])
+    assert table.loc["accuracy", "value"] == pytest.approx(held_out[good])
+    assert table.loc["accuracy", "against_value"] == pytest.approx(held_out[poor])
+    assert table.loc["accuracy", "difference"] == pytest.approx(held_out[good] - held_out[poor])
+    assert 0 < table.loc["accuracy", "ci_low"] < table.loc["accuracy", "difference"] < table.loc["accuracy", "ci_high"]
+    assert table["is_held_out"].all()
+    verify.run(verify.Config(directory=str(good)))
+
+
+def test_results_without_a_shared_label_are_not_compared(tmp_path: Path):
+    good, poor = (
+        write_results(tmp_path / name, cells_of(20, n_patients=4).assign(label=None), archive=tmp_path / "archive")
+        for name in ("good", "poor")
+    )
+    with pytest.raises(DatasetError, match="share no labelled image"):
+        evaluate.run(evaluate.Config(results=str(good), against=str(poor), n_resamples=100))
 
 
 def test_a_second_run_changes_nothing_and_says_so(evaluated: Path, caplog: pytest.LogCaptureFixture):

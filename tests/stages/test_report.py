@@ -70,6 +70,7 @@ def test_the_report_of_a_real_screening_shows_pictures_of_its_cells(line: Line):
     pictures = page.all("img")
     assert pictures
     assert all(picture["src"].startswith("data:image/jpeg;base64,") for picture in pictures)
+    assert sum("red where the model looked" in picture["alt"] for picture in pictures) == len(pictures) / 2
     assert (line.results / "catalog.sql").exists()
 
 

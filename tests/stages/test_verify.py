@@ -8,7 +8,7 @@ import pytest
 from stages.conftest import Line
 
 from malaria_ray.errors import DirectoryError, InvariantError, NotCompleteError
-from malaria_ray.stages import verify
+from malaria_ray.stages import evaluate, verify
 
 
 def verify_of(directory: Path) -> None:
@@ -75,6 +75,15 @@ def test_a_spoilt_shard_is_found_and_its_images_named(
     if names_ids:
         named = first_id if spoil in (drop_a_row, double_a_row) else ids[0]
         assert repr(named) in str(failure.value)
+
+
+def test_a_metric_changed_by_hand_is_found(line: Line, copy_of):
+    results = copy_of(line.results)
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    verify_of(results)
+    drop_a_row(results / "metrics" / "part-00000.parquet")
+    with pytest.raises(InvariantError, match=r"metrics/part-00000.parquet was changed"):
+        verify_of(results)
 
 
 def test_a_patient_in_two_splits_is_found(line: Line, copy_of):
