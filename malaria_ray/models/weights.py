@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from urllib.parse import urldefrag
 
-from malaria_ray.errors import ArchiveError, ModelError
+from malaria_ray.errors import ArchiveError, ConfigError, ModelError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.download import cache_folder, download
 
@@ -33,10 +34,13 @@ class Weights:
 def load_weights(spec: str) -> Weights:
     """`imagenet`, a path, or a URL, the last two with `#sha256=…` if their content is to be checked.
 
-    Raises: `ModelError` where the file is not there, cannot be fetched, or is not the one whose digest was given.
+    Raises: `ModelError` where the file is not there, cannot be fetched, or is not the one whose digest was given,
+    `ConfigError` for a digest that is none.
     """
     url, fragment = urldefrag(spec)
-    expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else None
+    if fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", fragment):
+        raise ConfigError(f"--weights …#{fragment}: allowed after '#' is sha256= and its 64 hex digits")
+    expected = fragment.removeprefix("sha256=").lower()
     if spec == "imagenet":
         content = _imagenet()
     else:
@@ -45,7 +49,7 @@ def load_weights(spec: str) -> Weights:
         except OSError as error:
             raise ModelError(f"--weights {url} cannot be read: {error}; {_WAYS_OUT}") from error
     digest = hashlib.sha256(content).hexdigest()
-    if expected is not None and not digest.startswith(expected):
+    if expected and digest != expected:
         raise ModelError(
             f"--weights {url} has the SHA-256 {digest}, not {expected}; it is another file: fetch it again"
         )

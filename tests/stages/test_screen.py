@@ -13,8 +13,10 @@ from stages.killing import run_and_kill
 
 from malaria_ray.errors import ConfigError, DirectoryError, ModelError, NotCompleteError, TooManyBadImagesError
 from malaria_ray.runtime import storage
-from malaria_ray.schema import PREDICTIONS
+from malaria_ray.schema import PREDICTIONS, QualityFlag
 from malaria_ray.stages import ingest, ledger, screen, verify
+from malaria_ray.statistics.calibration import calibrate
+from malaria_ray.statistics.validation import Validation
 
 
 def screen_of(source: Path, results: Path, run: Path, **flags) -> pd.DataFrame:
@@ -35,6 +37,18 @@ def test_every_image_has_one_score_in_0_1(line: Line):
     assert predictions["score"].between(0, 1).all()
     assert (predictions["predicted_label"] == (predictions["score"] >= 0.5)).all()
     verify.run(verify.Config(directory=str(line.results)))
+
+
+def test_calibrated_and_raw_scores_novelty_and_flags_are_kept(line: Line):
+    predictions = predictions_of(line.results)
+    learnt = Validation.from_dict(storage.read_json(storage.locate(str(line.run / "validation.json"))))
+    expected = calibrate(predictions["raw_score"].to_numpy(), learnt.calibration.temperature)
+    np.testing.assert_allclose(predictions["score"], expected, atol=1e-6)
+    assert predictions["novelty"].between(0, np.inf, inclusive="neither").all()
+    splits = storage.read_table(storage.locate(str(line.run / "splits.parquet"))).to_pandas().set_index("image_id")
+    of_val = predictions["novelty"][splits["split"].reindex(predictions.index) == "val"]
+    assert (of_val > 1).mean() <= 0.05, "above 1 for about 1 % of the validation images"
+    assert predictions["quality_flags"].map(lambda flags: set(flags) <= set(QualityFlag)).all()
 
 
 def test_archive_and_dataset_give_the_same_scores(line: Line, tmp_path: Path):

@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import onnxruntime
 import pandas as pd
@@ -22,7 +23,7 @@ from upath import UPath
 
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.splits import assign_splits
-from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, NotCompleteError, TrainingError
+from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, ModelError, NotCompleteError, TrainingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
@@ -170,6 +171,14 @@ def test_a_dataset_that_cannot_be_trained_on_is_refused_before_anything_is_writt
     with pytest.raises(DatasetError, match=message):
         train_of(only(line, tmp_path, keep), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_network_are_refused_in_one_line(line: Line, tmp_path: Path, copy_of):
+    other = tmp_path / "other.weights.h5"
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save_weights(other)
+    with pytest.raises(ModelError, match="--weights holds no weights for"):
+        train_of(copy_of(line.dataset), tmp_path / "run", model="vgg19-frozen", weights=str(other))
+    assert not (tmp_path / "run" / "_SUCCESS.json").exists()
 
 
 def test_an_unfinished_dataset_is_refused(line: Line, copy_of, tmp_path: Path):
