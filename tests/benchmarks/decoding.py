@@ -64,6 +64,7 @@ def ours(archive: Path, folder: Path) -> dict[str, Any]:
             blocks = ledger.write_blocks(rows_used, work, block_rows=rows, tail_rows=0, multiple=1)
             begun = time.time()
             dataset = ray.data.read_datasource(ledger.BlockSource(blocks), override_num_blocks=len(blocks))
+            dataset.context.op_resource_reservation_enabled = False  # as ingest does
             found = dataset.map_batches(read_only, batch_size=None, batch_format="pyarrow").to_pandas()
             seconds = time.time() - begun
     ray.shutdown()
