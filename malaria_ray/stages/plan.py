@@ -37,8 +37,8 @@ log = logging.getLogger("malaria_ray")
 _BATCH_ROWS = 100_000
 _RUN_ROWS = 32  # the sample is taken in runs of neighbours: that is how a screening reads
 _READ_AS = ("file", "stored", "deflate", "tar", "parquet", "crops")
-_START_S = 30  # Ray, its first plan and the actors, before the first image: 20 to 45 s on two cores (ARCHITECTURE.md)
-_EFFICIENCY = 0.85  # of the bare work's rate that a whole screening reached in steady state (ARCHITECTURE.md)
+_START_S = 10  # imports, Ray, the actors, publishing: 9 s on two idle cores (tests/benchmarks/start.py)
+_EFFICIENCY = 0.9  # of the bare work's rate, in steady state: 0.92 on two idle cores (tests/benchmarks/screening.py)
 _WORKER_BYTES = 350 * 10**6  # a Ray worker with NumPy, Arrow, OpenCV and ONNX Runtime loaded, before any model
 _READING_BYTES = 64 * 10**6  # what is read and decoded at a time
 

@@ -43,18 +43,18 @@ class Costs:
 
 
 MEASURED = Costs(
-    decode=1_500,
-    score={"cnn": 230, "vgg19-finetuned": 7},
-    efficiency=0.83,
+    decode=2_290,
+    score={"cnn": 253, "vgg19-finetuned": 8},
+    efficiency=0.92,
     listing=100_000,
     publish=100_000,
     dispatch=100,
     driver_bytes=1_000,
     image_bytes=13_000,
     source={
-        "decode": "OpenCV, decode and resize to 125 × 125 (2026-11-23)",
-        "score": "ONNX Runtime, float32, one thread (2026-11-23)",
-        "efficiency": "a screening against two bare processes (2026-11-23)",
+        "decode": "OpenCV, decode and resize to 125 × 125, one of two processes (tests.benchmarks, 2026-11-25)",
+        "score": "ONNX Runtime, float32, one of two processes (tests.benchmarks; VGG-19 as screened, 2026-11-25)",
+        "efficiency": "a screening in steady state against two bare processes (tests.benchmarks.screening, 2026-11-25)",
         "listing": "?? assumed",
         "publish": "?? assumed",
         "dispatch": "?? assumed",
