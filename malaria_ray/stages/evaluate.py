@@ -114,6 +114,8 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
 def _print_differences(pair: Pair) -> None:
     names = (escape(printable(one.name)) for one in (pair.other, pair.first))
     table = RichTable("metric", *names, "difference", "95 % interval", title=f"{pair.n_cells:,} {pair.cells_are}")
+    for column in table.columns:
+        column.overflow = "fold"
     for row in shown_metrics(pair):
         table.add_row(row["metric"], row["other"], row["first"], row["difference"], row["interval"])
     console().print(table)

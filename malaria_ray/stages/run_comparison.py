@@ -107,22 +107,20 @@ def _test_scores(run: UPath, results: UPath) -> pd.DataFrame:
 
 
 def _validation_table(runs: Sequence[Run]) -> RichTable:
-    table = RichTable("run", "model", "split by", "fold", "epochs", "best", "val accuracy", "val loss", "val ROC AUC",
-                      "parameters trained", "minutes", title="Validation, best epoch")  # fmt: skip
+    table = RichTable("run", "model", "split by", "epoch", "accuracy", "loss", "ROC AUC", "trained", "minutes",
+                      title="Validation, best epoch; trained: millions of parameters")  # fmt: skip
     for run in runs:
-        best = run.success["best"]
+        best, fold = run.success["best"], run.identity.get("fold")
         table.add_row(
             escape(printable(run.name)),
             run.success["model"],
-            run.identity["split_by"],
-            run.identity.get("fold") or "",
-            str(len(run.history)),
-            f"{best['epoch']:.0f}",
+            run.identity["split_by"] + (f", fold {fold}" if fold else ""),
+            f"{best['epoch']:.0f} of {len(run.history)}",
             *(f"{best[name]:.4f}" for name in ("val_accuracy", "val_loss", "val_roc_auc")),
-            f"{run.success['parameters']['trainable']:,}",
+            f"{run.success['parameters']['trainable'] / 1e6:.1f}",
             f"{run.history['seconds'].sum() / 60:.1f}",
         )
-    return table
+    return _folded(table)
 
 
 def _test_table(runs: Sequence[Run]) -> RichTable:
@@ -134,4 +132,11 @@ def _test_table(runs: Sequence[Run]) -> RichTable:
         metrics = cell_metrics(label, score, threshold=float(run.success["threshold"]))
         shown = [f"{metrics[name]:.4f}" for name in _SHOWN]
         table.add_row(escape(printable(run.name)), f"{len(label):,}", *shown)
+    return _folded(table)
+
+
+def _folded(table: RichTable) -> RichTable:
+    """What is too wide for the terminal goes on in the next line, never lost."""
+    for column in table.columns:
+        column.overflow = "fold"
     return table
