@@ -69,14 +69,11 @@ class Torture:
     def n_done(self, results: Path) -> int:
         if (results / "_SUCCESS.json").exists():
             return self.n
-        committed = ledger.committed_files(storage.locate(str(results / "_work")))
-        total = 0
-        for file in committed.values():
-            try:
-                total += pq.read_metadata(file.path).num_rows
-            except OSError:
-                return total  # published just now
-        return total
+        try:
+            committed = ledger.committed_files(storage.locate(str(results / "_work")))
+            return sum(pq.read_metadata(file.path).num_rows for file in committed.values())
+        except OSError:
+            return self.n  # published just now
 
     def submit(self, results: Path, *flags: str) -> subprocess.Popen[str]:
         self.submissions += 1
