@@ -121,7 +121,7 @@ def our_rate(model: Any, inputs: Any, labels: Any, *, size: int, batch_size: int
 
 
 def main() -> None:
-    n, size = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 1024), (2, 125)))
+    n, size = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 4096), (2, 125)))
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     ray.init(
         address="local", num_cpus=N_THREADS, include_dashboard=False, log_to_driver=False, logging_level="CRITICAL"
