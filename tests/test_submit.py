@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.job_submission import JobStatus
 from servers import closed_url
 
 from malaria_ray.cli import main
 from malaria_ray.errors import ConfigError
+from malaria_ray.runtime import jobs
 from malaria_ray.runtime.jobs import entrypoint
 from malaria_ray.submit import packages_of
 
@@ -84,3 +90,29 @@ def test_extras_become_their_packages_at_the_locks_versions():
 def test_extras_that_cannot_be_had_are_told_before_anything_is_sent(tree: Path | None, extra: str, said: str):
     with pytest.raises(ConfigError, match=said):
         packages_of(tree, (extra,))
+
+
+class EndedWithoutItsLogEnding:
+    """A cluster that keeps the connection of a killed job's log open, as Ray 2.60 was seen to."""
+
+    def __init__(self):
+        self.n_looks = 0
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "the last line"
+        await asyncio.Event().wait()
+
+    def get_job_status(self, job_id: str) -> JobStatus:
+        self.n_looks += 1
+        return JobStatus.RUNNING if self.n_looks == 1 else JobStatus.FAILED
+
+    def get_job_info(self, job_id: str) -> Any:
+        return SimpleNamespace(status=JobStatus.FAILED, driver_exit_code=7, submission_id=job_id, message="killed")
+
+
+def test_a_job_that_ended_is_left_though_its_log_does_not_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jobs, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(jobs, "_DRAIN_S", 0.05)
+    written: list[str] = []
+    assert jobs.follow(EndedWithoutItsLogEnding(), "job", written.append) == 7
+    assert written == ["the last line"]

@@ -24,6 +24,7 @@ log = logging.getLogger("malaria_ray")
 EXCLUDED = [".venv", ".git", "data", "demo", "out", "__pycache__", ".*_cache", ".hypothesis", "*.zip", "*.parquet"]
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _ATTEMPTS, _WAIT_S, _STOP_WAIT_S = 5, 2.0, 30.0
+_LOOK_EVERY_S, _DRAIN_S = 10.0, 5.0  # at the job's state beside its log; for what is left of the log of an ended job
 _STOPPED_STATUS = 130  # what a shell reports of a command ended by Ctrl-C
 
 
@@ -92,7 +93,7 @@ def follow(client: Any, job_id: str, write: Callable[[str], object] = sys.stdout
             sys.stdout.flush()
 
         try:
-            asyncio.run(_each_piece(client, job_id, show))
+            asyncio.run(_log_to_its_end(client, job_id, show))
             job = client.get_job_info(job_id)
             if job.status.is_terminal():
                 return exit_status(job)
@@ -163,6 +164,21 @@ def _joined(job: Any, job_id: str, command: str) -> str:
             "same command to join it"
         )
     return job_id
+
+
+async def _log_to_its_end(client: Any, job_id: str, show: Callable[[str], None]) -> None:
+    """Shows the log until the cluster ends it, or the job has ended: of a killed one the cluster may go on for ever."""
+    log_task = asyncio.create_task(_each_piece(client, job_id, show))
+    try:
+        while not log_task.done():
+            await asyncio.wait({log_task}, timeout=_LOOK_EVERY_S)
+            if not log_task.done() and (await asyncio.to_thread(client.get_job_status, job_id)).is_terminal():
+                await asyncio.wait({log_task}, timeout=_DRAIN_S)
+                break
+        if log_task.done():
+            log_task.result()
+    finally:
+        log_task.cancel()
 
 
 async def _each_piece(client: Any, job_id: str, show: Callable[[str], None]) -> None:
