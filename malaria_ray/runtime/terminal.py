@@ -13,6 +13,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 log = logging.getLogger("malaria_ray")
 
@@ -95,3 +96,10 @@ def _lines(what: str, total: int, unit: str) -> Report:
         )
 
     return report
+
+
+def folded(table: Table) -> Table:
+    """What is too wide for the terminal goes on in the next line, never lost."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table

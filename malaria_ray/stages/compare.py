@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from rich.markup import escape
-from rich.table import Table as RichTable
 from tyro.conf import Positional
 
 from malaria_ray.errors import ConfigError, QueryError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY
-from malaria_ray.stages.comparison import Pair, page, pair_of, shown_metrics
+from malaria_ray.stages.comparison import Pair, metrics_table, page, pair_of
 from malaria_ray.stages.run_comparison import compare_runs
 from malaria_ray.stages.views import absent_views, connect, open_results
 
@@ -75,14 +73,8 @@ def run(config: Config) -> None:
 def _print_pair(pair: Pair) -> None:
     out = console()
     shared = pair.shared
-    names = [escape(f"{printable(one.name)} ({one.success['run_id']})") for one in (pair.first, pair.other)]
     if pair.metrics is not None:
-        title = f"{pair.n_cells:,} {pair.cells_are}"
-        table = RichTable("metric", *names, "difference", "95 % interval", title=title)
-        table.columns[0].no_wrap = True
-        for row in shown_metrics(pair):
-            table.add_row(row["metric"], row["first"], row["other"], row["difference"], row["interval"])
-        out.print(table)
+        out.print(metrics_table(pair))
     else:
         out.print("No shared image has a label, so there are no metrics to compare.")
     out.print(

@@ -9,10 +9,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+from rich.markup import escape
+from rich.table import Table as RichTable
 
 from malaria_ray.errors import QueryError
 from malaria_ray.runtime import storage
-from malaria_ray.runtime.terminal import printable
+from malaria_ray.runtime.terminal import folded, printable
 from malaria_ray.stages.charts import Axis, Series, histogram, line_chart
 from malaria_ray.stages.figures import Figure
 from malaria_ray.stages.galleries import Gallery, pictures
@@ -159,6 +161,15 @@ def shown_metrics(pair: Pair) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def metrics_table(pair: Pair) -> RichTable:
+    """The same rows for the terminal."""
+    names = (escape(f"{printable(one.name)} ({one.success['run_id']})") for one in (pair.first, pair.other))
+    table = RichTable("metric", *names, "difference", "95 % interval", title=f"{pair.n_cells:,} {pair.cells_are}")
+    for row in shown_metrics(pair):
+        table.add_row(row["metric"], row["first"], row["other"], row["difference"], row["interval"])
+    return folded(table)
 
 
 def _held_out(cells: pd.DataFrame) -> pd.DataFrame:

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from rich.markup import escape
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
-from malaria_ray.stages.comparison import Pair, pair_of, shown_metrics
+from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
 from malaria_ray.stages.views import connect, open_results
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
@@ -79,10 +78,10 @@ def run(config: Config) -> None:
         success,
     )
     if config.against is not None:
-        _compare(config, results, identity)
+        _compare(config, results)
 
 
-def _compare(config: Config, results: UPath, identity: dict[str, Any]) -> None:
+def _compare(config: Config, results: UPath) -> None:
     """Writes differences/ and prints it. Raises: `DatasetError` where no image of both has a label."""
     theirs, ours = open_results([str(config.against), config.results])
     with connect([theirs, ours]) as connection:
@@ -92,9 +91,8 @@ def _compare(config: Config, results: UPath, identity: dict[str, Any]) -> None:
     storage.remove(results / DIFFERENCES.name)
     written = pa.Table.from_pandas(_difference_rows(pair), schema=DIFFERENCES.arrow_schema(), preserve_index=False)
     files = outputs.write_table(results, f"{DIFFERENCES.name}/{storage.part_name(0)}", written, stage="screen")
-    identity = identity | {"against": theirs.success["run_id"], "against_threshold": theirs.success["threshold"]}
-    storage.write_json(results / DIFFERENCES.name / outputs.SUCCESS, {"identity": identity, "files": files})
-    _print_differences(pair)
+    storage.write_json(results / DIFFERENCES.name / outputs.SUCCESS, {"files": files})
+    console().print(metrics_table(pair))
 
 
 def _difference_rows(pair: Pair) -> pd.DataFrame:
@@ -109,16 +107,6 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
         n=pair.n_cells,
         is_held_out=pair.is_held_out,
     )[DIFFERENCES.names]
-
-
-def _print_differences(pair: Pair) -> None:
-    names = (escape(printable(one.name)) for one in (pair.other, pair.first))
-    table = RichTable("metric", *names, "difference", "95 % interval", title=f"{pair.n_cells:,} {pair.cells_are}")
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in shown_metrics(pair):
-        table.add_row(row["metric"], row["other"], row["first"], row["difference"], row["interval"])
-    console().print(table)
 
 
 def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[str, storage.FileRecord]:

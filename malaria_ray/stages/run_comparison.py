@@ -14,7 +14,7 @@ from upath import UPath
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.runtime.terminal import console, folded, printable
 from malaria_ray.schema import RESEARCH_ONLY
 from malaria_ray.stages.pictures import runs_figure
 from malaria_ray.statistics.metrics import cell_metrics
@@ -120,7 +120,7 @@ def _validation_table(runs: Sequence[Run]) -> RichTable:
             f"{run.success['parameters']['trainable'] / 1e6:.1f}",
             f"{run.history['seconds'].sum() / 60:.1f}",
         )
-    return _folded(table)
+    return folded(table)
 
 
 def _test_table(runs: Sequence[Run]) -> RichTable:
@@ -132,11 +132,4 @@ def _test_table(runs: Sequence[Run]) -> RichTable:
         metrics = cell_metrics(label, score, threshold=float(run.success["threshold"]))
         shown = [f"{metrics[name]:.4f}" for name in _SHOWN]
         table.add_row(escape(printable(run.name)), f"{len(label):,}", *shown)
-    return _folded(table)
-
-
-def _folded(table: RichTable) -> RichTable:
-    """What is too wide for the terminal goes on in the next line, never lost."""
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
+    return folded(table)
