@@ -36,10 +36,13 @@ _CONFIG_FILE = {
 }
 
 
-def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], overwrite: bool) -> bool:
+def prepare(
+    path: UPath, *, stage: str, config: Any, identity: dict[str, Any], overwrite: bool, may_grow: str | None = None
+) -> bool:
     """Claims a directory for a stage: True where there is work to do, False where it was finished before.
 
-    `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result.
+    `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result. `may_grow`
+    names a number of the identity that a later run may raise: what was finished is then unfinished and goes on.
     Raises: `DirectoryError` where the directory holds something else, or the same with another identity.
     """
     identity = json.loads(json.dumps(identity, default=str))
@@ -52,16 +55,11 @@ def prepare(path: UPath, *, stage: str, config: Any, identity: dict[str, Any], o
             raise DirectoryError(
                 f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory"
             )
-        storage.write_json(
-            path / _CONFIG_FILE[stage],
-            {
-                "stage": stage,
-                "created_at": _now(),
-                "identity": identity,
-                "config": asdict(config),
-                "provenance": provenance(),
-            },
-        )
+        _write_config(path, stage, config, identity)
+        return True
+    if may_grow and _has_grown(found["identity"], identity, may_grow):
+        storage.remove(path / SUCCESS)  # before the config, so that no kill leaves it finished with the new one
+        _write_config(path, stage, config, identity)
         return True
     if differences := _differences(found["identity"], identity):
         state = "finished" if (path / SUCCESS).exists() else "begun"
@@ -149,6 +147,11 @@ def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
     return content
 
 
+def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]) -> None:
+    content = {"stage": stage, "created_at": _now(), "identity": identity, "config": asdict(config)}
+    storage.write_json(path / _CONFIG_FILE[stage], {**content, "provenance": provenance()})
+
+
 def _check_is_ours(path: UPath, stage: str) -> None:
     """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and stage_of(path) != stage:
@@ -168,6 +171,11 @@ def _empty(path: UPath, stage: str) -> None:
         if child.name != config.name:
             storage.remove(child)
     storage.remove(config)
+
+
+def _has_grown(was: dict[str, Any], now: dict[str, Any], name: str) -> bool:
+    """Whether the number `name` was raised and nothing else is another."""
+    return {**was, name: now[name]} == now and was[name] < now[name]
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -61,7 +61,7 @@ class Config:
     split_by: SplitBy = "patient"
     """Keep each patient's cells in one split, or split image by image as the article does, which leaks patients."""
     epochs: int = 25
-    """Epochs at most."""
+    """Epochs at most. A run of fewer, the rest being the same, goes on from its last one."""
     patience: int = 5
     """Stop after so many epochs without a lower validation loss; 0 never stops."""
     batch_size: int = 64
@@ -175,7 +175,9 @@ def run(config: Config) -> None:
     splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
         check_specificity(config.specificity, int(((splits == Split.val) & (cells["label"] == Label.uninfected)).sum()))
-    if not outputs.prepare(path, stage="train", config=config, identity=identity, overwrite=config.overwrite):
+    if not outputs.prepare(
+        path, stage="train", config=config, identity=identity, overwrite=config.overwrite, may_grow="epochs"
+    ):
         log.info("%s is finished; nothing to do (--overwrite trains anew)", path)
         return
     files = outputs.write_table(path, "splits.parquet", _splits_table(cells, splits), stage="train")

@@ -145,6 +145,17 @@ def test_a_run_in_bf16_with_xla_and_augmentation_exports_an_ordinary_float32_mod
         train_of(line.dataset, tmp_path / "run", epochs=1, xla=True, augment="on")
 
 
+def test_a_finished_run_goes_on_to_more_epochs_as_if_it_had_never_ended(line: Line, tmp_path: Path):
+    run = tmp_path / "run"
+    assert len(train_of(line.dataset, run, epochs=1)) == 1
+    check_same_curve(train_of(line.dataset, run, epochs=3), line)
+    assert storage.read_json(storage.locate(str(run / "config.json")))["identity"]["epochs"] == 3
+    with pytest.raises(DirectoryError, match="epochs was 3, is now 2"):
+        train_of(line.dataset, run, epochs=2)
+    with pytest.raises(DirectoryError, match="batch_size was 16, is now 8"):
+        train_of(line.dataset, run, epochs=4, batch_size=8)
+
+
 def only(line: Line, tmp_path: Path, keep) -> Path:
     """A dataset of those files of the line's archive whose name `keep` maps to a new name."""
     with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "some.zip", "w") as some:
