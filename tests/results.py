@@ -17,6 +17,7 @@ from malaria_ray.cells.images import content_digest
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import HISTORY, LISTING, PREDICTIONS, QUARANTINE, SPLITS, Table
 from malaria_ray.stages import screen
+from malaria_ray.statistics.validation import learn_from_validation
 
 HOSTILE = (
     "<script>alert(1)<",
@@ -63,11 +64,12 @@ def write_results(
     model: str = "cnn",
     is_synthetic: bool = False,
     has_images: bool = True,
+    has_validation: bool = False,
     part_rows: int = 1_000_000,
 ) -> Path:
     """A finished results directory over cells as `cells` gives them; `bad` are names in quarantine. The images are
-    written to `archive`, by default a folder beside it; without images it is an archive that is gone. Predictions are
-    written in the order given, in parts of `part_rows`.
+    written to `archive`, by default a folder beside it; without images it is an archive that is gone. With validation
+    its model has learnt from the validation cells. Predictions are written in the order given, in parts of `part_rows`.
     """
     archive = archive or results.with_name(f"{results.name}-archive")
     images = {name: noise(i) if has_images else name.encode() for i, name in enumerate(of["image_id"])}
@@ -114,7 +116,13 @@ def write_results(
     trained = {"model": model, "split_by": "patient", "epochs": 3, "seed": 42, "dataset": "dataset"}
     storage.write_json(path / "model" / "config.json", {"stage": "train", "identity": {}, "config": trained})
     storage.write_json(path / "model" / "SUCCESS.json", {"image_size": 32, "best": {"epoch": 2.0}})
-    for name in ("config.json", "SUCCESS.json"):
+    learnt = ()
+    if has_validation:
+        learnt = ("validation.json",)
+        of_val = of[(of["split"] == "val") & of["label"].notna()]
+        validation = learn_from_validation(of_val, specificity=None)
+        storage.write_json(path / "model" / "validation.json", validation.to_dict())
+    for name in ("config.json", "SUCCESS.json", *learnt):
         files[f"model/{name}"] = storage.record_of(path / "model" / name)
     counts: dict[str, Any] = {
         "n_files": len(images),

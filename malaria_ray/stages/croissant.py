@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime import outputs
 from malaria_ray.schema import RESEARCH_ONLY, Column
 from malaria_ray.stages.views import Results, table_of, table_views
 
@@ -85,10 +85,7 @@ def _field(record_set: str, column: Column) -> dict[str, Any]:
 
 
 def _digests(results: Results) -> dict[str, str]:
-    records = dict(results.success["files"])
-    evaluated = results.path / "metrics" / outputs.SUCCESS
-    if evaluated.exists():
-        records |= storage.read_json(evaluated)["files"]
+    records = results.success["files"] | outputs.files_added(results.path)
     return {name: record["sha256"] for name, record in records.items()}
 
 

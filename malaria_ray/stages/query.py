@@ -32,8 +32,8 @@ _COPY_OPTIONS = {"csv": "FORMAT csv, HEADER", "json": "FORMAT json, ARRAY true",
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Answers SQL over the tables of results: runs, predictions, quarantine, listing, metrics, patients, splits,
-    history, and cells (predictions with split and outcome).
+    """Answers SQL over the tables of results: runs, predictions, quarantine, listing, splits, history, metrics, curves,
+    patients, review, differences, and cells (predictions with split and outcome).
     """
 
     results_and_sql: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS [RESULTS …] SQL")] = ()

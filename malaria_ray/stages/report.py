@@ -87,9 +87,11 @@ def run(config: Config) -> None:
 def _identity(results: Results, config: Config) -> dict[str, Any]:
     """What decides the report: the tables, the page's own files, the version."""
     evaluated = results.path / "metrics" / outputs.SUCCESS
+    compared = results.path / "differences" / outputs.SUCCESS
     return {
         "screened": {name: record["sha256"] for name, record in results.success["files"].items()},
         "evaluated": storage.read_json(evaluated)["identity"] if evaluated.exists() else None,
+        "compared": storage.read_json(compared)["files"] if compared.exists() else None,
         "thumbnails": config.thumbnails,
         "grad_cam": config.grad_cam,
         "templates": templates_digest(),

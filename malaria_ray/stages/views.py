@@ -1,7 +1,7 @@
 """The tables of results directories as DuckDB views: what 'query' and 'report' ask, and what catalog.sql creates.
 
     runs           one row per results directory: its place among those given, model, threshold, source
-    predictions, quarantine, listing, metrics, patients, review, splits, history
+    predictions, quarantine, listing, splits, history, metrics, curves, patients, review, differences
                    the tables of schema.py, with the directory's name in a last column `results`
     cells          predictions with the split that the model knows each image by, the threshold and the outcome
 
@@ -24,6 +24,7 @@ from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import (
     CURVES,
+    DIFFERENCES,
     HISTORY,
     LISTING,
     METRICS,
@@ -46,8 +47,11 @@ _PLACES: dict[str, tuple[Table, str, str]] = {
     "curves": (CURVES, "curves", "evaluate"),
     "patients": (PATIENTS, "patients", "evaluate"),
     "review": (REVIEW, "review", "evaluate"),
+    "differences": (DIFFERENCES, "differences", "evaluate --against OTHER_RESULTS"),
 }
-"""View: its table, the file or folder of parts in a results directory, the stage that writes it."""
+"""View: its table, the file or folder of parts in a results directory, the command that writes it."""
+_ENDS_WITH = {"evaluate": "metrics", "evaluate --against OTHER_RESULTS": "differences"}
+"""Command: the folder where it says that it has finished."""
 
 _CELLS = """\
 CREATE OR REPLACE VIEW cells AS
@@ -86,14 +90,17 @@ class Results:
     run: dict[str, Any]
 
     def files(self, view: str) -> list[UPath]:
-        """The Parquet files of a table; none where the stage that writes it has not finished."""
-        _, place, stage = _PLACES[view]
-        if stage == "evaluate" and not (self.path / "metrics" / outputs.SUCCESS).exists():
+        """The Parquet files of a table; none where the command that writes it has not finished."""
+        _, place, command = _PLACES[view]
+        if not self.has_finished(command):
             return []
         file = self.path / place
         if not place.endswith(".parquet"):
             return storage.parts(file)
         return [file] if file.exists() else []
+
+    def has_finished(self, command: str) -> bool:
+        return command not in _ENDS_WITH or (self.path / _ENDS_WITH[command] / outputs.SUCCESS).exists()
 
 
 def open_results(urls: Sequence[str]) -> list[Results]:
@@ -143,15 +150,15 @@ def catalog(results: Results) -> str:
 def absent_views(results: Sequence[Results]) -> dict[str, str]:
     """Each view that cannot be had, and the line that says what to do."""
     absent = {}
-    for view, (_, _, stage) in _PLACES.items():
+    for view, (_, _, command) in _PLACES.items():
         if lacking := [one for one in results if not one.files(view)]:
             path = lacking[0].path
-            if stage != "evaluate":
+            if command == "screen":
                 absent[view] = f"the table {view} is missing in {path}; 'malaria-ray verify' says what else is"
-            elif (path / "metrics" / outputs.SUCCESS).exists():
-                absent[view] = f"there is no table {view} in {path}: the 'malaria-ray evaluate' that ran wrote none"
+            elif lacking[0].has_finished(command):
+                absent[view] = f"there is no table {view} in {path}: the 'malaria-ray {command}' that ran wrote none"
             else:
-                absent[view] = f"there is no table {view} in {path}; run 'malaria-ray {stage}' on it"
+                absent[view] = f"there is no table {view} in {path}; run 'malaria-ray {command}' on it"
     return absent
 
 

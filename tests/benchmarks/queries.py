@@ -63,10 +63,10 @@ def make(folder: Path, n_rows: int, n_patients: int) -> tuple[str, str, str]:
     one = cells(n_rows, n_patients=n_patients).sort_values(order, ignore_index=True)
     two = cells(n_rows, n_patients=n_patients, scores_seed=9).sort_values(order, ignore_index=True)
     options = {"archive": folder / "archive", "has_images": False, "part_rows": PART_ROWS}
-    first = write_results(folder / "first", one, **options)
+    first = write_results(folder / "first", one, has_validation=True, **options)
     second = write_results(folder / "second", two, model="vgg19-frozen", **options)
     shuffled = write_results(folder / "shuffled", one.sample(frac=1, random_state=1), **options)
-    evaluate.run(evaluate.Config(results=str(first), n_resamples=100))
+    evaluate.run(evaluate.Config(results=str(first), against=str(second), n_resamples=100))
     return str(first), str(second), str(shuffled)
 
 

@@ -46,16 +46,17 @@ def predictions_of(results: str) -> pd.DataFrame:
     return pq.read_table(f"{results}/predictions").to_pandas()
 
 
-def test_every_example_says_what_it_answers_and_runs_on_real_results(line: Line):
-    evaluate.run(evaluate.Config(results=str(line.results), n_resamples=100))
+def test_every_example_says_what_it_answers_and_runs_on_real_results(line: Line, copy_of):
+    results = str(copy_of(line.results))
+    evaluate.run(evaluate.Config(results=results, against=str(line.results), n_resamples=100))
     examples = query.example_queries()
     assert len(examples) >= 12
     for name, sql in examples.items():
         assert re.match(r"-- .{20,}\.", sql.replace("\n-- ", " ")), name
-        answer = ask((str(line.results),), example=name)
+        answer = ask((results,), example=name)
         assert answer.columns[0] == "results", name
-    assert len(ask((str(line.results),), example="positives-per-patient")) == 24
-    assert ask((str(line.results),), example="split-leakage").empty
+    assert len(ask((results,), example="positives-per-patient")) == 24
+    assert ask((results,), example="split-leakage").empty
 
 
 def test_counts_per_patient_equal_pandas(two: tuple[str, str]):
@@ -76,12 +77,38 @@ def test_false_positives_are_counted_for_uninfected_patients_only(two: tuple[str
     assert answer["n_false_positive"].sum() > 0
 
 
-def test_the_review_queue_begins_with_the_least_certain(two: tuple[str, str]):
-    answer = ask(two[:1], example="review-queue")
+def test_the_least_certain_come_first(two: tuple[str, str]):
+    answer = ask(two[:1], example="least-certain")
     table = predictions_of(two[0])
     nearest = (table["score"].astype(float) - 0.5).abs().sort_values()
     assert answer["distance"].tolist() == pytest.approx(nearest.head(100).tolist())
     assert answer["image_id"][0] == table["image_id"][nearest.index[0]]
+
+
+def test_the_review_queue_is_that_of_evaluate(line: Line):
+    evaluate.run(evaluate.Config(results=str(line.results), n_resamples=100))
+    answer = ask((str(line.results),), example="review-queue")
+    table = pq.read_table(f"{line.results}/review").to_pandas()
+    expected = table[table["needs_review"]].sort_values("rank").head(100)
+    assert 0 < len(answer) == len(expected)
+    assert answer["image_id"].tolist() == expected["image_id"].tolist()
+    assert answer["reasons"].tolist() == [", ".join(reasons) for reasons in expected["reasons"]]
+
+
+def test_the_differences_of_two_models_are_a_table_like_the_others(two: tuple[str, str], copy_of):
+    results = str(copy_of(Path(two[0])))
+    config = query.Config(results_and_sql=(results,), example="model-differences")
+    with pytest.raises(QueryError, match=r"no table differences in .*; run 'malaria-ray evaluate --against OTHER_"):
+        query.run(config)
+    assert "no table differences" in catalog(open_results([results])[0])
+    evaluate.run(evaluate.Config(results=results, against=two[1], n_resamples=100))
+    answer = ask((results,), example="model-differences").set_index("metric")
+    table = pq.read_table(f"{results}/differences").to_pandas().set_index("metric")
+    assert answer["difference"].to_dict() == pytest.approx(table["difference"].to_dict(), nan_ok=True)
+    assert answer["against_model"].unique().tolist() == ["vgg19-frozen"]
+    is_beyond = (table["ci_low"] > 0) | (table["ci_high"] < 0)
+    assert answer["is_beyond_chance"].fillna(False).to_dict() == is_beyond[answer.index].to_dict()
+    assert "VIEW differences" in catalog(open_results([results])[0])
 
 
 def test_likely_label_errors_are_the_surest_wrong_calls(two: tuple[str, str]):

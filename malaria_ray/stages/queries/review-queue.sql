@@ -1,5 +1,6 @@
--- The 100 cells whose score lies nearest the threshold: what to look at first.
-SELECT results, image_id, patient_id, label, score, predicted_label, abs(score - threshold) AS distance
-FROM predictions JOIN runs USING (results)
-ORDER BY distance, image_id
+-- The 100 images that a person should look at first, and why: cells in doubt, odd images, bad pictures.
+SELECT results, rank, image_id, patient_id, score, predicted_label, array_to_string(reasons, ', ') AS reasons, value
+FROM review
+WHERE needs_review
+ORDER BY rank, results
 LIMIT 100;
