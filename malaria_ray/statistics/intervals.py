@@ -21,8 +21,8 @@ true sensitivity, in 1,000 simulated sets (`parasitized_cells` in tests/statisti
 
 In 2,000 simulated screenings of 40 patients (`screening` in the same file) all metrics were covered by 93.4 to 96.1 %,
 but sensitivity at a specificity of 0.999, which hangs on one or two of some 1,400 uninfected cells, by 90 %; with 26
-patients the area under the ROC curve by 92.5 %. Where few patients have nearly all errors (the last row) no resample holds
-a kind of patient that the sample has missed.
+patients the area under the ROC curve by 92.5 %. Where few patients have nearly all errors (the last row), no resample
+holds a kind of patient that the sample has missed.
 """
 
 from __future__ import annotations
