@@ -17,6 +17,7 @@ from upath import UPath
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.provenance import code_digest
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
@@ -53,7 +54,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there
-    already.
+    already by the same code.
     """
     results = storage.locate(config.results)
     success = outputs.check_complete(results, "screen")
@@ -65,6 +66,7 @@ def run(config: Config) -> None:
         "threshold": success["threshold"],
         "n_resamples": config.n_resamples,
         "seed": config.seed,
+        "code_digest": code_digest(),
     }
     if marker.exists() and storage.read_json(marker)["identity"] == identity:
         log.info("%s is evaluated; nothing to do", results)

@@ -100,6 +100,17 @@ def test_a_second_run_changes_nothing_and_says_so(evaluated: Path, caplog: pytes
     assert "nothing to do" in caplog.text
 
 
+def test_tables_of_another_version_of_the_code_are_computed_anew(evaluated: Path, monkeypatch: pytest.MonkeyPatch):
+    marker = evaluated / "metrics/_SUCCESS.json"
+    before = marker.read_text()
+    monkeypatch.setattr(evaluate, "code_digest", lambda: "of a later version")
+    evaluate.run(evaluate.Config(results=str(evaluated), n_resamples=100))
+    assert "of a later version" in marker.read_text()
+    monkeypatch.undo()
+    evaluate.run(evaluate.Config(results=str(evaluated), n_resamples=100))
+    assert marker.read_text() == before
+
+
 def screened(line: Line, tmp_path: Path, rename) -> Path:
     with zipfile.ZipFile(line.archive) as original, zipfile.ZipFile(tmp_path / "some.zip", "w") as some:
         for name in original.namelist():
