@@ -45,6 +45,27 @@ def n_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def room_for(*, cpus: int, gpus: int = 0) -> int:
+    """How many processes of so many CPUs (1 or more) and GPUs fit on the nodes of the cluster, were they empty."""
+    return _room(_nodes(), cpus, gpus)
+
+
+def cpus_for_each_of(n: int, *, gpus: int = 0) -> int:
+    """The most CPUs that each of `n` processes can have at once, at least 1: no process spans nodes."""
+    nodes = _nodes()
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus, gpus) >= n), 1)
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _room(nodes: list[dict[str, float]], cpus: int, gpus: int) -> int:
+    needs = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    return int(sum(min(node.get(name, 0) // n for name, n in needs.items()) for node in nodes))
+
+
 def _start() -> None:
     address = os.environ.get("RAY_ADDRESS")
     is_debug = log.isEnabledFor(logging.DEBUG)

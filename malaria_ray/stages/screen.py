@@ -32,7 +32,7 @@ from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
-from malaria_ray.runtime.session import n_cpus, ray_session
+from malaria_ray.runtime.session import ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
@@ -263,7 +263,13 @@ def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"])
 def _pool(config: Config) -> tuple[int, int]:
     """Least and most scoring actors. Raises: `ConfigError` where the cluster has no GPU for one of them."""
     if not config.gpus_per_actor:
-        return config.actor_range or (max(1, n_cpus() // config.cpus_per_actor),) * 2
+        room = room_for(cpus=config.cpus_per_actor)
+        if not room and not config.num_actors and config.cpus_per_actor > 1:  # one is what an autoscaler starts with
+            raise ConfigError(
+                f"--cpus-per-actor {config.cpus_per_actor}: no node has so many CPUs; lower it, or give --num-actors "
+                "where such nodes are started when they are asked for"
+            )
+        return config.actor_range or (max(1, room),) * 2
     n_gpus = ray.cluster_resources().get("GPU", 0)
     if n_gpus < config.gpus_per_actor and not config.num_actors:  # else nodes with GPUs may still be to start
         raise ConfigError(

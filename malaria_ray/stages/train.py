@@ -20,7 +20,9 @@ import pandas as pd
 import pyarrow as pa
 import ray
 import ray.train
+from ray._private.state import state as ray_state
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tyro.conf import Positional
 from upath import UPath
 
@@ -37,7 +39,7 @@ from malaria_ray.models.validating import Validated, validate
 from malaria_ray.models.weights import load_weights
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
-from malaria_ray.runtime.session import n_cpus, ray_session
+from malaria_ray.runtime.session import cpus_for_each_of, n_cpus, ray_session, room_for
 from malaria_ray.schema import HISTORY, SPLITS, Label, Split
 from malaria_ray.stages.pictures import augmented_figure, learning_curves_figure
 from malaria_ray.statistics.calibration import check_specificity
@@ -87,7 +89,7 @@ class Config:
     num_workers: int | str = 1
     """Training processes, over the nodes of the cluster; 1-4: as many of them as the cluster has room for."""
     cpus_per_worker: int | None = None
-    """CPUs and threads of each; by default the cluster's CPUs divided by the workers."""
+    """CPUs and threads of each; by default as many as the nodes can give every worker."""
     gpus_per_worker: int = 0
     """GPUs of each."""
     max_failures: int = 3
@@ -188,7 +190,7 @@ def run(config: Config) -> None:
         ", ".join(f"{split} {int((splits == split).sum()):,}" for split in Split),
     )
     with ray_session():
-        n_threads = config.cpus_per_worker or max(1, n_cpus() // config.workers[1])
+        n_threads = config.cpus_per_worker or cpus_for_each_of(config.workers[1], gpus=config.gpus_per_worker)
         _check_resources(config.workers[0], n_threads, config.gpus_per_worker)
         pixels = _load(_load_pixels, storage.parts(dataset / "crops"), image_size)
         inputs = pixels
@@ -215,8 +217,8 @@ def run(config: Config) -> None:
             val=_examples(cells, is_val, inputs),
             weights=ray.put(weights.content) if weights else None,
             initial_model=_put_file(storage.locate(config.init_from) / "model.keras") if config.init_from else None,
-            news=Queue(actor_options={"num_cpus": 0}),
-            faults=Queue(actor_options={"num_cpus": 0}),
+            news=_queue(),
+            faults=_queue(),
             tensorboard=storage.as_url(path / "tensorboard"),
         )
         with _news(plan.news):
@@ -305,19 +307,19 @@ def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificit
     return learn_from_validation(of_val.assign(split=Split.val, score=scores), specificity=specificity)
 
 
-def _check_resources(num_workers: int, cpus_per_worker: int, gpus_per_worker: int) -> None:
-    have, n_gpus = n_cpus(), int(ray.cluster_resources().get("GPU", 0))
-    if num_workers * gpus_per_worker > n_gpus:
+def _check_resources(num_workers: int, cpus: int, gpus: int) -> None:
+    """Raises: `TrainingError` where the nodes have no room for the workers, and no others can be asked for."""
+    room = room_for(cpus=cpus, gpus=gpus)
+    if room >= num_workers:
+        return
+    each = f"{cpus} CPUs and {gpus} GPUs" if gpus else f"{cpus} CPUs"
+    has_autoscaler = ray_state.get_max_resources_from_cluster_config() is not None  # as Ray Train asks itself
+    if not has_autoscaler:
         raise TrainingError(
-            f"{num_workers} workers of {gpus_per_worker} GPUs need {num_workers * gpus_per_worker}, the cluster has "
-            f"{n_gpus}; lower --num-workers or --gpus-per-worker, or add nodes"
+            f"the cluster's nodes have room for {room} workers of {each}, {num_workers} are asked for; "
+            "lower --num-workers, --cpus-per-worker or --gpus-per-worker, or add nodes"
         )
-    if num_workers * cpus_per_worker > have:
-        raise TrainingError(
-            f"{num_workers} workers of {cpus_per_worker} CPUs need {num_workers * cpus_per_worker}, the cluster has "
-            f"{have}; "
-            "lower --num-workers or --cpus-per-worker, or add nodes"
-        )
+    log.info("waiting for nodes: there is room for %d workers of %s, %d are asked for", room, each, num_workers)
 
 
 def _check_initial_run(url: str, same_split: dict[str, Any]) -> str:
@@ -413,6 +415,12 @@ def _fit(plan: TrainingPlan, path: UPath, config: Config) -> ray.train.Result:
     if not plan.faults.empty():  # the workers ended by themselves when they were started again after it
         raise plan.faults.get()
     return result
+
+
+def _queue() -> Queue:
+    """A queue on the driver's own node: on another it would be lost with that."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
 @contextmanager

@@ -80,8 +80,13 @@ class Bed:
 
     def scorers_on(self) -> set[str]:
         """Addresses of the nodes that ever had a scoring actor."""
+        return self.actors_on("Scorer")
+
+    def actors_on(self, class_name: str, *arguments: str) -> set[str]:
+        """Addresses of the nodes that have, or had, an actor of a class with that in its name."""
         address = {node["node_id"]: node["node_ip"] for node in self.listed("nodes")}
-        return {address[a["node_id"]] for a in self.listed("actors") if "Scorer" in a["class_name"] and a["node_id"]}
+        actors = self.listed("actors", *arguments)
+        return {address[a["node_id"]] for a in actors if class_name in a["class_name"] and a["node_id"]}
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that Ray counts as alive."""

@@ -7,6 +7,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from cluster.bed import S3_SECRET, Bed, wait_for
@@ -168,6 +169,31 @@ def test_a_cut_link_costs_no_image(cluster: Bed, line: Line):
     cluster.script("heal-link", "4")
     assert process.returncode == 0, output
     check_results(cluster, results, 7200)
+
+
+def test_a_node_killed_in_mid_training_leaves_fewer_workers_and_the_same_curve(cluster: Bed, line: Line):
+    """Elastic: as many workers as there are nodes, then one less; each takes the steps of any number of them."""
+    cluster.script("add-node")
+    n_nodes = len(cluster.alive()) - 1  # the head trains nothing
+    flags = ["--model", "cnn", "--epochs", "12", "--patience", "0", "--batch-size", "16"]
+    run, alone = line.folder / "elastic", line.folder / "alone"
+    train = ["submit", "--", "train", str(line.dataset), str(run), *flags, "--num-workers", f"1-{n_nodes}"]
+    process = cluster.start(*train)
+    snapshot = run / "checkpoints/checkpoint_manager_snapshot.json"
+    wait_for("a first epoch", snapshot.exists, process=process)
+    trained_on = cluster.actors_on("RayTrainWorker", "--filter", "state=ALIVE")
+    assert len(trained_on) == n_nodes > 1
+    cluster.script("kill-node", str(int(max(trained_on).rpartition(".")[2]) - 10))
+    assert process.poll() is None, "it ended before the node was killed: give it more epochs"
+    output = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, output
+    status, output = cluster.client("submit", "--", "train", str(line.dataset), str(alone), *flags)
+    assert status == 0, output
+    curves = [pq.read_table(one / "history.parquet").to_pandas() for one in (run, alone)]
+    assert curves[0]["epoch"].tolist() == list(range(1, 13))
+    columns = ["train_loss", "val_loss", "val_accuracy", "learning_rate"]
+    pd.testing.assert_frame_equal(curves[0][columns], curves[1][columns], rtol=5e-2, atol=5e-2)
+    assert cluster.client("verify", str(run))[0] == 0
 
 
 def test_archive_model_and_results_may_all_be_in_an_object_store(cluster: Bed, line: Line, s3: str):

@@ -218,6 +218,14 @@ def test_flags_that_cannot_work_are_refused(flags: dict, said: str):
         screen.Config(source="a", results="b", model="c", **flags)
 
 
+def test_more_cpus_than_a_node_has_are_refused(line: Line, tmp_path: Path):
+    config = screen.Config(
+        source=str(line.archive), results=str(tmp_path / "results"), model=str(line.run), cpus_per_actor=3
+    )
+    with pytest.raises(ConfigError, match="--cpus-per-actor 3: no node has so many CPUs"):
+        screen.run(config)
+
+
 def test_tasks_on_cpus_feed_actors_on_gpus(line: Line, with_a_hole: Path, tmp_path: Path, caplog):
     """Without CUDA the network is computed on the CPU, which one line says; all else goes the way of a GPU."""
     pd.testing.assert_frame_equal(

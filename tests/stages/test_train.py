@@ -17,6 +17,7 @@ import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from stages.conftest import IMAGE_SIZE, Line, content
 from stages.killing import run_and_kill
 from upath import UPath
@@ -25,6 +26,7 @@ from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.splits import assign_splits
 from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, ModelError, NotCompleteError, TrainingError
 from malaria_ray.runtime import storage
+from malaria_ray.runtime.session import cpus_for_each_of, room_for
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
 from malaria_ray.statistics.novelty import Novelty
@@ -200,8 +202,22 @@ def test_an_unfinished_dataset_is_refused(line: Line, copy_of, tmp_path: Path):
 
 
 def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Path):
-    with pytest.raises(TrainingError, match="3 workers of 1 CPUs need 3, the cluster has 2"):
+    with pytest.raises(TrainingError, match="room for 2 workers of 1 CPUs, 3 are asked for; lower --num-workers"):
         train_of(line.dataset, tmp_path / "run", num_workers=3)
+    with pytest.raises(TrainingError, match="room for 0 workers of 3 CPUs, 1 are asked for"):
+        train_of(line.dataset, tmp_path / "run", cpus_per_worker=3)
+    with pytest.raises(TrainingError, match="room for 0 workers of 1 CPUs and 2 GPUs, 1 are asked for"):
+        train_of(line.dataset, tmp_path / "run", gpus_per_worker=2)
+
+
+def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.MonkeyPatch):
+    """As on three nodes of one CPU, where a worker of three could never start."""
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": 1}} for cpus in (4.0, 3.0, 8.0)]
+    dead = {"Alive": False, "Resources": {"CPU": 64.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, dead, {"Alive": True, "Resources": {}}])
+    assert [cpus_for_each_of(n) for n in (1, 2, 3, 4, 15, 16)] == [8, 4, 4, 3, 1, 1]
+    assert [cpus_for_each_of(n, gpus=1) for n in (1, 3, 4)] == [8, 3, 1]
+    assert room_for(cpus=4) == 3
 
 
 @pytest.mark.parametrize(
