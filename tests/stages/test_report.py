@@ -240,6 +240,18 @@ def test_nothing_stands_out_of_the_page(made: Path, browser: Any, width: int):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
+def test_metrics_of_every_split_fit_on_a_phone(made: Path, browser: Any):
+    open_page(browser, page_of(made))
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
+    tables = browser.execute_script(
+        "return [...document.querySelectorAll('#metrics .scroll')].map(one => one.scrollWidth - one.clientWidth)"
+    )
+    assert tables
+    assert set(tables) == {0}
+
+
 def test_dark_mode_is_dark_and_print_is_not(made: Path, browser: Any):
     open_page(browser, page_of(made))
 
