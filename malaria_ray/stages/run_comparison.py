@@ -17,6 +17,7 @@ from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, folded, printable
 from malaria_ray.schema import RESEARCH_ONLY
 from malaria_ray.stages.pictures import runs_figure
+from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import cell_metrics
 
 _SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "roc_auc")
@@ -24,7 +25,9 @@ _SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "roc_auc"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One finished run. `test`: image_id, label and score of its test split, None where no results of it are given."""
+    """One finished run. `test`: image_id, patient_id, label, score and predicted_label of its test split, None where no
+    results of it are given.
+    """
 
     name: str
     success: dict[str, Any]
@@ -100,7 +103,7 @@ def pooled(runs: Sequence[Run]) -> list[Run]:
 
 def _test_scores(run: UPath, results: UPath) -> pd.DataFrame:
     splits = storage.read_table(run / "splits.parquet", columns=["image_id", "split"]).to_pandas()
-    names = ["image_id", "label", "score"]
+    names = ["image_id", "patient_id", "label", "score", "predicted_label"]
     predictions = storage.read_table(results / "predictions", columns=names).to_pandas()
     test: pd.DataFrame = predictions.merge(splits[splits["split"] == "test"], on="image_id")
     return test.dropna(subset=["label"])
@@ -124,12 +127,32 @@ def _validation_table(runs: Sequence[Run]) -> RichTable:
 
 
 def _test_table(runs: Sequence[Run]) -> RichTable:
-    table = RichTable("run", "cells", *_SHOWN, title="Test split")
+    table = RichTable("run", "cells", *_SHOWN, title="Test split, 95 % intervals over patients")
     for run in [*runs, *pooled(runs)]:
         if run.test is None or run.test.empty:
             continue
-        label, score = run.test["label"].to_numpy(np.int64), run.test["score"].to_numpy(np.float32)
-        metrics = cell_metrics(label, score, threshold=float(run.success["threshold"]))
-        shown = [f"{metrics[name]:.4f}" for name in _SHOWN]
-        table.add_row(escape(printable(run.name)), f"{len(label):,}", *shown)
+        values, intervals = _test_metrics(run.test)
+        shown = [f"{values[name]:.4f}" + _interval(*intervals[name]) for name in _SHOWN]
+        table.add_row(escape(printable(run.name)), f"{len(run.test):,}", *shown)
     return folded(table)
+
+
+def _test_metrics(test: pd.DataFrame) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Of calls, since each of several folds has a threshold of its own, and ROC AUC of scores."""
+    label, values, intervals = test["label"].to_numpy(np.int64), dict[str, float](), dict[str, Interval]()
+    for column in ("score", "predicted_label"):
+        score = test[column].to_numpy(np.float32)
+        values |= {
+            name: value for name, value in cell_metrics(label, score, threshold=0.5).items() if _is_of(name, column)
+        }
+        found = bootstrap_over_patients(label, score, test["patient_id"], threshold=0.5, seed=42)
+        intervals |= {name: value for name, value in found.items() if _is_of(name, column)}
+    return values, intervals
+
+
+def _is_of(metric: str, column: str) -> bool:
+    return (metric == "roc_auc") == (column == "score")
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if np.isnan(low) else f"\n{low:.3f}–{high:.3f}"

@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from stages.conftest import Line
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.stages import compare
-from malaria_ray.stages.run_comparison import open_runs, pooled
+from malaria_ray.stages.run_comparison import _test_metrics, open_runs, pooled
 
 
 def test_runs_are_told_side_by_side_with_the_test_data_of_their_results(
@@ -42,6 +43,13 @@ def test_folds_of_one_cross_validation_are_pooled(line: Line, tmp_path: Path):
     assert whole.name == "2 of 2 folds of cnn"
     assert whole.test is not None
     assert set(whole.test["image_id"]) == set(runs[0].test["image_id"]) | set(runs[1].test["image_id"])
+
+
+def test_folds_with_thresholds_of_their_own_are_measured_by_their_calls():
+    test = pd.DataFrame({"patient_id": ["P1", "P1", "P2", "P2"], "label": [0, 1, 0, 1], "score": [0.2, 0.3, 0.8, 0.9]})
+    values, intervals = _test_metrics(test.assign(predicted_label=[0, 1, 0, 1]))
+    assert (values["accuracy"], values["sensitivity"], values["roc_auc"]) == (1.0, 1.0, 0.75)
+    assert intervals.keys() == values.keys()
 
 
 def test_results_of_another_run_are_refused(line: Line, tmp_path: Path):
