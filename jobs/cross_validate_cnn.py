@@ -1,4 +1,4 @@
-"""Cross-validation of the article's cnn by patient, five folds: each patient is in the test split of one of them.
+"""Cross-validation of the augmented cnn, five folds: each patient is in the test split of one of them.
 
 command:   ray job submit --working-dir . -- python jobs/cross_validate_cnn.py DATASET RUNS RESULTS
 hardware:  one worker with all CPUs of a node, or its GPU; fold after fold
@@ -16,7 +16,9 @@ dataset, runs, results = sys.argv[1:]
 for fold in range(1, N_FOLDS + 1):
     run, scores = f"{runs}/fold-{fold}", f"{results}/fold-{fold}"
     train.run(
-        train.Config(dataset=dataset, run=run, model="cnn", split_by="patient", seed=42, folds=N_FOLDS, fold=fold)
+        train.Config(
+            dataset=dataset, run=run, model="cnn", augment="on", epochs=8, patience=0, folds=N_FOLDS, fold=fold, seed=42
+        )
     )
     screen.run(screen.Config(source=dataset, results=scores, model=run, split="test"))
     evaluate.run(evaluate.Config(results=scores))

@@ -1,9 +1,9 @@
-"""The article's cnn, split by patient.
+"""The article's cnn under augmentation, split by patient.
 
 command:   ray job submit --working-dir . -- python jobs/train_cnn_by_patient.py DATASET RUN
 hardware:  one worker with all CPUs of a node, or its GPU
-time:      9 min for 10,678 crops on two CPU cores (140 images/s), 10 epochs
-result:    test accuracy 93.1 % (88.2 – 96.1) on 26 unseen patients
+time:      20 epochs of 48 s for 10,678 crops on two CPU cores (133 images/s)
+result:    test accuracy 96.4 % (95.2 – 97.4) on 26 unseen patients; without augmentation 93.1 % (87.5 – 96.3)
 """
 
 import sys
@@ -11,4 +11,8 @@ import sys
 from malaria_ray.stages import train
 
 dataset, run = sys.argv[1:]
-train.run(train.Config(dataset=dataset, run=run, model="cnn", split_by="patient", epochs=10, patience=0, seed=42))
+train.run(
+    train.Config(
+        dataset=dataset, run=run, model="cnn", split_by="patient", epochs=20, patience=0, augment="on", seed=42
+    )
+)
