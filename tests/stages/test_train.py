@@ -210,6 +210,12 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
         train_of(line.dataset, tmp_path / "run", gpus_per_worker=2)
 
 
+def test_where_nodes_can_be_started_more_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(train.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64})
+    train._check_resources(3, 1, 0)
+    assert "waiting for nodes: there is room for 2 workers of 1 CPUs, 3 are asked for" in caplog.text
+
+
 def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.MonkeyPatch):
     """As on three nodes of one CPU, where a worker of three could never start."""
     nodes = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": 1}} for cpus in (4.0, 3.0, 8.0)]
