@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from cluster.bed import S3_SECRET, Bed, wait_for
-from cluster.conftest import Line
+from cluster.conftest import Line, write_archive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -148,14 +148,15 @@ def test_a_killed_node_costs_no_image(cluster: Bed, line: Line):
 def test_a_node_added_in_mid_run_is_used(cluster: Bed, line: Line):
     """On a cluster of one worker by now: the second actor that was asked for waits until there is a node for it."""
     results = line.folder / "grown"
-    command = ["screen", str(line.large), str(results), "--model", str(line.run), "--num-actors", "2"]
+    larger = write_archive(line.folder / "more.zip", n_patients=24, n_cells_per_patient=10, n_copies=90)
+    command = ["screen", str(larger), str(results), "--model", str(line.run), "--num-actors", "2"]
     process = cluster.start("submit", "--", *command)
     wait_for("a first part", lambda: n_parts(results) >= 1, process=process)
     cluster.script("add-node")
-    assert process.poll() is None, "it ended before the node was there: give it more images"
+    assert process.poll() is None, "it ended before the node was there: give it more copies"
     output = process.communicate(timeout=400)[0]
     assert process.returncode == 0, output
-    check_results(cluster, results, 7200)
+    check_results(cluster, results, 21_600)
     assert "10.213.101.14" in cluster.scorers_on()
 
 
