@@ -2,8 +2,8 @@
 
 command:   ray job submit --working-dir . -- python jobs/cross_validate_cnn.py DATASET RUNS RESULTS
 hardware:  one worker with all CPUs of a node, or its GPU; fold after fold
-time:      not measured; five times jobs/train_cnn_by_patient.py
-result:    test accuracy over RESULTS/fold-1 … fold-5, by 'malaria-ray compare RUNS/fold-*'; not measured
+time:      10.5 min a fold of 10,678 crops on two CPU cores, beside other work
+result:    test accuracy of folds 1 and 2, pooled by 'malaria-ray compare', 93.6 % (90.7 – 95.6); 3 to 5 not run
 """
 
 import sys
