@@ -116,13 +116,13 @@ def write_results(
     trained = {"model": model, "split_by": "patient", "epochs": 3, "seed": 42, "dataset": "dataset"}
     storage.write_json(path / "model" / "config.json", {"stage": "train", "identity": {}, "config": trained})
     storage.write_json(path / "model" / "SUCCESS.json", {"image_size": 32, "best": {"epoch": 2.0}})
-    learnt = ()
+    names = ["config.json", "SUCCESS.json"]
     if has_validation:
-        learnt = ("validation.json",)
+        names.append("validation.json")
         of_val = of[(of["split"] == "val") & of["label"].notna()]
         validation = learn_from_validation(of_val, specificity=None)
         storage.write_json(path / "model" / "validation.json", validation.to_dict())
-    for name in ("config.json", "SUCCESS.json", *learnt):
+    for name in names:
         files[f"model/{name}"] = storage.record_of(path / "model" / name)
     counts: dict[str, Any] = {
         "n_files": len(images),

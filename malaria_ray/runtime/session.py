@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private.state import state as ray_state
 from ray.data import DataContext
 
 from malaria_ray.errors import ConfigError, MalariaRayError
@@ -55,6 +56,11 @@ def cpus_for_each_of(n: int, *, gpus: int = 0) -> int:
     nodes = _nodes()
     most = int(max((node.get("CPU", 0) for node in nodes), default=1))
     return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus, gpus) >= n), 1)
+
+
+def has_autoscaler() -> bool:
+    """Whether nodes may be started that are not there yet, as Ray Train asks it."""
+    return ray_state.get_max_resources_from_cluster_config() is not None
 
 
 def _nodes() -> list[dict[str, float]]:

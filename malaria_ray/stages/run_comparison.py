@@ -20,7 +20,9 @@ from malaria_ray.stages.pictures import runs_figure
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import cell_metrics
 
-_SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "roc_auc")
+_OF_CALLS = ("accuracy", "sensitivity", "specificity", "precision", "f1")
+_OF_SCORES = ("roc_auc",)
+_SHOWN = (*_OF_CALLS, *_OF_SCORES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,20 +140,15 @@ def _test_table(runs: Sequence[Run]) -> RichTable:
 
 
 def _test_metrics(test: pd.DataFrame) -> tuple[dict[str, float], dict[str, Interval]]:
-    """Of calls, since each of several folds has a threshold of its own, and ROC AUC of scores."""
+    """Those of calls are taken from the calls: each of several folds has a threshold of its own."""
     label, values, intervals = test["label"].to_numpy(np.int64), dict[str, float](), dict[str, Interval]()
-    for column in ("score", "predicted_label"):
+    for column, names in (("predicted_label", _OF_CALLS), ("score", _OF_SCORES)):
         score = test[column].to_numpy(np.float32)
-        values |= {
-            name: value for name, value in cell_metrics(label, score, threshold=0.5).items() if _is_of(name, column)
-        }
-        found = bootstrap_over_patients(label, score, test["patient_id"], threshold=0.5, seed=42)
-        intervals |= {name: value for name, value in found.items() if _is_of(name, column)}
+        found = cell_metrics(label, score, threshold=0.5)
+        ends = bootstrap_over_patients(label, score, test["patient_id"], threshold=0.5, seed=42)
+        values |= {name: found[name] for name in names}
+        intervals |= {name: ends[name] for name in names}
     return values, intervals
-
-
-def _is_of(metric: str, column: str) -> bool:
-    return (metric == "roc_auc") == (column == "score")
 
 
 def _interval(low: float, high: float) -> str:

@@ -20,7 +20,6 @@ import pandas as pd
 import pyarrow as pa
 import ray
 import ray.train
-from ray._private.state import state as ray_state
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tyro.conf import Positional
@@ -39,7 +38,7 @@ from malaria_ray.models.validating import Validated, validate
 from malaria_ray.models.weights import load_weights
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
-from malaria_ray.runtime.session import cpus_for_each_of, n_cpus, ray_session, room_for
+from malaria_ray.runtime.session import cpus_for_each_of, has_autoscaler, n_cpus, ray_session, room_for
 from malaria_ray.schema import HISTORY, SPLITS, Label, Split
 from malaria_ray.stages.pictures import augmented_figure, learning_curves_figure
 from malaria_ray.statistics.calibration import check_specificity
@@ -313,8 +312,7 @@ def _check_resources(num_workers: int, cpus: int, gpus: int) -> None:
     if room >= num_workers:
         return
     each = f"{cpus} CPUs and {gpus} GPUs" if gpus else f"{cpus} CPUs"
-    has_autoscaler = ray_state.get_max_resources_from_cluster_config() is not None  # as Ray Train asks itself
-    if not has_autoscaler:
+    if not has_autoscaler():
         raise TrainingError(
             f"the cluster's nodes have room for {room} workers of {each}, {num_workers} are asked for; "
             "lower --num-workers, --cpus-per-worker or --gpus-per-worker, or add nodes"

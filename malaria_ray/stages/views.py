@@ -37,6 +37,7 @@ from malaria_ray.schema import (
     Table,
 )
 
+_AGAINST = "evaluate --against OTHER_RESULTS"
 _PLACES: dict[str, tuple[Table, str, str]] = {
     "predictions": (PREDICTIONS, "predictions", "screen"),
     "quarantine": (QUARANTINE, "quarantine", "screen"),
@@ -47,10 +48,10 @@ _PLACES: dict[str, tuple[Table, str, str]] = {
     "curves": (CURVES, "curves", "evaluate"),
     "patients": (PATIENTS, "patients", "evaluate"),
     "review": (REVIEW, "review", "evaluate"),
-    "differences": (DIFFERENCES, "differences", "evaluate --against OTHER_RESULTS"),
+    "differences": (DIFFERENCES, "differences", _AGAINST),
 }
 """View: its table, the file or folder of parts in a results directory, the command that writes it."""
-_ENDS_WITH = {"evaluate": "metrics", "evaluate --against OTHER_RESULTS": "differences"}
+_ENDS_WITH = {"evaluate": "metrics", _AGAINST: "differences"}
 """Command: the folder where it says that it has finished."""
 
 _CELLS = """\

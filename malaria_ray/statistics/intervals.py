@@ -193,7 +193,11 @@ def _resamples(n_patients: int, n_resamples: int, seed: int) -> Iterator[Integer
 def _half_widths(
     resampled: dict[str, Floats], label: Integers, patient: Integers, confidence: float, seed: int
 ) -> dict[str, float]:
-    """Half the width of the t interval of each metric; NaN where there is none."""
+    """Half the width of the t interval of each metric; NaN where there is none.
+
+    The degrees of freedom are at most one less than the patients that a metric is learnt from: those with cells of
+    its class, else of the class that fewer patients have.
+    """
     n_patients = {int(value): len(np.unique(patient[label == value])) for value in np.unique(label)}
     fewest = min(n_patients.values())
     influences = _influences(resampled, int(patient.max()) + 1, seed)

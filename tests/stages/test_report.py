@@ -232,19 +232,20 @@ def test_galleries_open_step_and_close_by_keyboard(made: Path, browser: Any):
     WebDriverWait(browser, 20).until(lambda page: page.switch_to.active_element == second)  # a page is told later
 
 
-@pytest.mark.parametrize("width", [360, 800, 1400])
-def test_nothing_stands_out_of_the_page(made: Path, browser: Any, width: int):
-    open_page(browser, page_of(made))
+def open_at(browser: Any, page: Path, width: int) -> None:
+    open_page(browser, page)
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_nothing_stands_out_of_the_page(made: Path, browser: Any, width: int):
+    open_at(browser, page_of(made), width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_metrics_of_every_split_fit_on_a_phone(made: Path, browser: Any):
-    open_page(browser, page_of(made))
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    )
+    open_at(browser, page_of(made), 390)
     tables = browser.execute_script(
         "return [...document.querySelectorAll('#metrics .scroll')].map(one => one.scrollWidth - one.clientWidth)"
     )

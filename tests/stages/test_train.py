@@ -25,7 +25,7 @@ from upath import UPath
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.splits import assign_splits
 from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, ModelError, NotCompleteError, TrainingError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import session, storage
 from malaria_ray.runtime.session import cpus_for_each_of, room_for
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
@@ -211,7 +211,7 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
 
 
 def test_where_nodes_can_be_started_more_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(train.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64})
+    monkeypatch.setattr(session.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64})
     train._check_resources(3, 1, 0)
     assert "waiting for nodes: there is room for 2 workers of 1 CPUs, 3 are asked for" in caplog.text
 
