@@ -92,6 +92,7 @@ try_to_start() { # try_to_start NODE ray-start-arguments…
     # shellcheck disable=SC2086 # the wrapper is a program and its arguments
     (exec ip netns exec "$NAME-$node" setsid env -u RAY_ADDRESS -u RAY_AUTH_TOKEN "${SETTINGS[@]}" \
         PYTHONPATH="${NODE_PYTHONPATH:+$NODE_PYTHONPATH:}$ROOT" RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 \
+        RAY_idle_worker_killing_time_threshold_ms=60000 \
         RAY_RAYLET_START_WAIT_TIME_S="$WAIT_S" ${NODE_WRAPPER:-} "$PYTHON" -m ray.scripts.scripts start --block \
         --node-ip-address="$(address_of "$node")" --object-store-memory=$((OBJECT_STORE_MB * 1000000)) \
         --dashboard-agent-listen-port=$((52400 + node)) --temp-dir="$folder/ray" "$@" >"$log" 2>&1 </dev/null &)

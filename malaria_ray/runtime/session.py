@@ -18,6 +18,8 @@ from malaria_ray.runtime.quiet import stderr_silenced
 
 log = logging.getLogger("malaria_ray")
 
+_KEPT_IDLE_MS = "60000"  # where actors hold the CPUs Ray ends other workers after 1 s; the next block started one anew
+
 
 @contextmanager
 def ray_session() -> Iterator[None]:
@@ -85,6 +87,7 @@ def _start() -> None:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # else every start warns that its default will change
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", _KEPT_IDLE_MS)
     if not is_debug:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ tells the terminal what it retries by itself
     options: dict[str, Any] = {"address": address, "logging_level": level, "log_to_driver": is_debug}

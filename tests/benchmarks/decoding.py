@@ -1,4 +1,4 @@
-"""Reading, decoding and resizing alone, side by side: python -m tests.benchmarks.decoding [--n 2000].
+"""Reading, decoding and resizing alone, side by side: python -m tests.benchmarks.decoding [--n 40000].
 
 Each way runs in a process of its own, on the same images, all cores, after a small run of itself that starts and warms
 what it needs; pixels are made and dropped. The first two read the zip, the others the same files in a folder.
@@ -19,6 +19,7 @@ from tests.benchmarks import material
 from tests.benchmarks.material import IMAGE_SIZE, N_PROCESSES
 
 BATCH = 256
+N = 40_000  # images: some seconds
 SLOW_N = 3000  # images for read_images, which needs the most seconds an image: a rate needs no more
 
 
@@ -56,7 +57,6 @@ def ours(archive: Path, folder: Path) -> dict[str, Any]:
         return rows.select(["status"]).append_column("at", [[(begun, time.time())] * rows.num_rows])
 
     listing = list_archive(open_archive(str(archive)))
-    material.start_ray()
     with ray_session():
         for rows_used in (listing.slice(0, 100), listing):
             work = storage.locate(str(folder / f"work-{rows_used.num_rows}"))
@@ -67,7 +67,6 @@ def ours(archive: Path, folder: Path) -> dict[str, Any]:
             dataset.context.op_resource_reservation_enabled = False  # as ingest does
             found = dataset.map_batches(read_only, batch_size=None, batch_format="pyarrow").to_pandas()
             seconds = time.time() - begun
-    ray.shutdown()
     at = found["at"].map(tuple)
     first, last = min(begin for begin, _ in at), max(end for _, end in at)
     assert (found["status"] == "ok").all()
@@ -180,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     more: dict[str, Any] = {}
     with material.scratch() as folder:
-        archive = material.archive_of(flags.archive, flags.n, folder)
+        archive = material.archive_of(flags.archive, flags.n or N, folder)
         with ZipFile(archive) as members:
             members.extractall(folder / "files")
         n = len(files_of(folder))

@@ -40,16 +40,19 @@ def parser(what: str | None) -> argparse.ArgumentParser:
 
 
 def archive_of(path: Path, n: int | None, folder: Path) -> Path:
-    """The first `n` images of a zip as a zip; the whole zip itself where n is None."""
+    """`n` images of a zip as a zip, several copies of each where it has fewer; the zip itself where n is None."""
     if not path.exists():
         return synthetic_archive(folder / "cells.zip", n or 5000, side=140)
     if n is None:
         return path
-    target = folder / f"first-{n}.zip"
+    target = folder / f"cells-{n}.zip"
     with zipfile.ZipFile(path) as given, zipfile.ZipFile(target, "w") as taken:
         names = [name for name in given.namelist() if name.lower().endswith(".png")]
-        for name in names[:: max(1, len(names) // n)][:n]:
-            taken.writestr(name, given.read(name))
+        names = names[:: max(1, len(names) // n)]
+        for i in range(n):
+            copy, at = divmod(i, len(names))
+            name = names[at].replace(".png", f"_copy{copy}.png") if copy else names[at]
+            taken.writestr(name, given.read(names[at]))
     return target
 
 

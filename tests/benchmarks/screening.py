@@ -42,19 +42,17 @@ def ceiling(archive: Path, run: Path) -> dict[str, float]:
 
 
 def ours(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
-    import ray
-
     from malaria_ray.runtime import storage
+    from malaria_ray.runtime.session import ray_session
     from malaria_ray.stages import screen
 
-    material.start_ray()
     small = material.archive_of(archive, 256, folder)
-    for source in (small, archive):
-        results = folder / f"results-{source.stem}"
-        begun = time.monotonic()
-        screen.run(screen.Config(source=str(source), results=str(results), model=str(run), batch_size=BATCH))
-        seconds = time.monotonic() - begun
-    ray.shutdown()
+    with ray_session():
+        for source in (small, archive):
+            results = folder / f"results-{source.stem}"
+            begun = time.monotonic()
+            screen.run(screen.Config(source=str(source), results=str(results), model=str(run), batch_size=BATCH))
+            seconds = time.monotonic() - begun
     success = storage.read_json(storage.locate(str(results)) / "_SUCCESS.json")
     n = success["counts"]["n_files"]
     shutil.rmtree(results)

@@ -50,15 +50,15 @@ def parts(run: Path) -> dict[str, float]:
 
 
 def first_image(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
-    import ray
-
     from malaria_ray.runtime import storage
+    from malaria_ray.runtime.session import ray_session
     from malaria_ray.stages import screen
 
-    seconds = material.start_ray()
     results = folder / f"results-{time.monotonic_ns()}"
-    screen.run(screen.Config(source=str(archive), results=str(results), model=str(run)))
-    ray.shutdown()
+    begun = time.monotonic()
+    with ray_session():
+        seconds = time.monotonic() - begun
+        screen.run(screen.Config(source=str(archive), results=str(results), model=str(run)))
     timings = storage.read_json(storage.locate(str(results)) / "_SUCCESS.json")["timings"]
     return {"ray.init": seconds, **timings}
 
