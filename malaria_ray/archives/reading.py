@@ -63,7 +63,7 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
                 raise data
             digests[row], sizes[row] = content_digest(data), len(data)
             image = decode(data)
-            pixels[n_ok] = resize(image, image_size)
+            resize(image, image_size, out=pixels[n_ok])
             height[row], width[row] = image.shape[:2]
             n_ok += 1
         except (ImageRefused, ReadError) as refusal:

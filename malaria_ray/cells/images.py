@@ -103,15 +103,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     return pixels  # type: ignore[return-value]  # IMREAD_COLOR_RGB is always uint8
 
 
-def resize(pixels: Pixels, image_size: int) -> Pixels:
+def resize(pixels: Pixels, image_size: int, *, out: Pixels | None = None) -> Pixels:
     """Resizes to a square: bicubic as in the article; by area where it shrinks more than twofold, which bicubic
     aliases.
 
-    `pixels`: uint8 (height, width, 3). Returns: uint8 (image_size, image_size, 3); the aspect ratio is not kept.
+    `pixels`: uint8 (height, width, 3); `out`: where to write. Returns: uint8 (image_size, image_size, 3), `out` where it
+    is given; the aspect ratio is not kept.
     """
     shrink = min(pixels.shape[:2]) / image_size
     interpolation = cv2.INTER_AREA if shrink > 2 else cv2.INTER_CUBIC
-    resized: Any = cv2.resize(pixels, (image_size, image_size), interpolation=interpolation)
+    resized: Any = cv2.resize(pixels, (image_size, image_size), dst=out, interpolation=interpolation)
     return resized  # type: ignore[no-any-return]
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.special import expit, logit
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.schema import Label
@@ -84,6 +82,8 @@ def fit_temperature(label: ArrayLike, score: ArrayLike) -> float:
 
     Raises DatasetError for bad labels or scores, and where a class has no cells.
     """
+    from scipy.optimize import brentq  # actors, which never fit, start sooner without SciPy
+
     labels, scores = check_cells(label, score)
     for wanted in Label:
         if not np.any(labels == wanted):
@@ -96,7 +96,7 @@ def fit_temperature(label: ArrayLike, score: ArrayLike) -> float:
         return 1.0
 
     def slope(log_temperature: float) -> float:
-        return float(np.mean((labels - expit(logit_of_cell * math.exp(-log_temperature))) * logit_of_cell))
+        return float(np.mean((labels - _sigmoid(logit_of_cell * math.exp(-log_temperature))) * logit_of_cell))
 
     coldest, hottest = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     if slope(coldest) >= 0:
@@ -116,7 +116,7 @@ def calibrate(score: ArrayLike, temperature: float) -> NDArray[np.floating[Any]]
     """
     scores = check_scores(score)
     _check_temperature(temperature)
-    return scores if temperature == 1 else expit(logits(scores) / temperature).astype(scores.dtype)
+    return scores if temperature == 1 else _sigmoid(logits(scores) / temperature).astype(scores.dtype)
 
 
 def threshold_for_specificity(label: ArrayLike, score: ArrayLike, specificity: float) -> float:
@@ -169,7 +169,13 @@ def _rank(n: int, specificity: float) -> int:
 
 def logits(score: NDArray[np.floating[Any]]) -> Floats:
     """(n,) float64, ln(score / (1 - score)) of checked scores, no farther from 0 than 16.6 (`CLIP`)."""
-    found: Floats = logit(np.clip(score.astype(np.float64), CLIP, 1 - CLIP))
+    clipped = np.clip(score.astype(np.float64), CLIP, 1 - CLIP)
+    found: Floats = np.log(clipped / (1 - clipped))
+    return found
+
+
+def _sigmoid(logit: Floats) -> Floats:
+    found: Floats = 1 / (1 + np.exp(-logit))
     return found
 
 

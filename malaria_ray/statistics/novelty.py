@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import solve_triangular
 
 from malaria_ray.errors import DatasetError, ModelError
 from malaria_ray.schema import Label
@@ -132,6 +131,8 @@ def _shrunk_covariance(centred: Floats) -> Floats:
 
 def _whitening(covariance: Floats) -> Features:
     """(d, d) W with W Wᵀ the inverse of the covariance: its inverted Cholesky factor, transposed."""
+    from scipy.linalg import solve_triangular  # actors, which never fit, start sooner without SciPy
+
     # A floor of a millionth of the mean variance, for numbers that never vary where hardly anything was shrunk.
     floor = 1e-6 * float(np.trace(covariance)) / len(covariance)
     factor = np.linalg.cholesky(covariance + floor * np.eye(len(covariance)))

@@ -267,6 +267,15 @@ def test_resized_is_square_uint8_and_keeps_a_plain_colour(shape: tuple[int, int]
     assert (resized == samples.RED).all()
 
 
+@pytest.mark.parametrize("side", [60, 125, 300])
+def test_resizing_into_an_array_writes_there_what_it_would_return(side: int) -> None:
+    pixels = np.random.default_rng([8]).integers(0, 256, (side, side + 9, 3), dtype=np.uint8)
+    many = np.zeros((3, 125, 125, 3), np.uint8)
+    resize(pixels, 125, out=many[1])
+    np.testing.assert_array_equal(many[1], resize(pixels, 125))
+    assert not many[[0, 2]].any()
+
+
 def test_resizing_to_the_same_size_changes_nothing() -> None:
     pixels = np.random.default_rng([7]).integers(0, 256, (125, 125, 3), dtype=np.uint8)
     np.testing.assert_array_equal(resize(pixels, 125), pixels)
