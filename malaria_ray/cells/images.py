@@ -107,8 +107,8 @@ def resize(pixels: Pixels, image_size: int, *, out: Pixels | None = None) -> Pix
     """Resizes to a square: bicubic as in the article; by area where it shrinks more than twofold, which bicubic
     aliases.
 
-    `pixels`: uint8 (height, width, 3); `out`: where to write. Returns: uint8 (image_size, image_size, 3), `out` where it
-    is given; the aspect ratio is not kept.
+    `pixels`: uint8 (height, width, 3); `out`: where to write. Returns: uint8 (image_size, image_size, 3), `out` where
+    it is given; the aspect ratio is not kept.
     """
     shrink = min(pixels.shape[:2]) / image_size
     interpolation = cv2.INTER_AREA if shrink > 2 else cv2.INTER_CUBIC
