@@ -48,6 +48,7 @@ SORTED_BY = ("patient_id", "image_id")
 _SORT_MEMORY = "512MB"  # of the driver's, for sorting; the rest goes to disk
 _WATCH_EVERY_S = 2.0
 _TASK_CPUS = 0.05  # of the tasks that write rows: they wait for storage
+_WRITERS = 2  # of those tasks at a time for each actor on CPUs: else, as actors end, Ray starts a process for each
 _ACTOR_CPUS = 0.9  # instead of 1: leaves room on every node for those tasks
 
 SCORED = pa.schema(
@@ -317,7 +318,12 @@ def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Con
             dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), num_cpus=actors["num_cpus"])
         dataset = dataset.map_batches(Scorer, fn_constructor_args=(plan,), **as_tables | actors)
         with _watched(work, n_left):
-            dataset.write_parquet(f"{root}/scored", filesystem=filesystem, ray_remote_args={"num_cpus": _TASK_CPUS})
+            dataset.write_parquet(
+                f"{root}/scored",
+                filesystem=filesystem,
+                ray_remote_args={"num_cpus": _TASK_CPUS},
+                concurrency=None if plan.use_gpu else _WRITERS * pool[1],
+            )
         log.debug("%s", dataset.stats())
     finally:
         context.checkpoint_config = None
