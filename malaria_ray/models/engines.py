@@ -1,4 +1,4 @@
-"""The engines that score a batch: ONNX Runtime on `model.onnx`, Keras on `model.keras`."""
+"""The engines that score a batch: ONNX Runtime or OpenVINO on `model.onnx`, Keras on `model.keras`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy.typing as npt
 from malaria_ray.cells.images import Pixels
 from malaria_ray.errors import ModelError
 
-EngineName = Literal["onnx", "keras"]
-MODEL_FILE: dict[EngineName, str] = {"onnx": "model.onnx", "keras": "model.keras"}
+EngineName = Literal["onnx", "keras", "openvino-bf16"]
+MODEL_FILE: dict[EngineName, str] = {"onnx": "model.onnx", "keras": "model.keras", "openvino-bf16": "model.onnx"}
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -36,6 +36,8 @@ def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: i
     """
     if name == "onnx":
         return OnnxEngine(model, n_threads=n_threads, batch_size=batch_size, use_gpu=use_gpu)
+    if name == "openvino-bf16":
+        return OpenVinoEngine(model, n_threads=n_threads, batch_size=batch_size)
     return KerasEngine(model, n_threads=n_threads, batch_size=batch_size)
 
 
@@ -53,6 +55,29 @@ def gpu_fault(name: EngineName) -> str | None:
     import tensorflow as tf
 
     return None if tf.config.list_physical_devices("GPU") else "TensorFlow sees no GPU here"
+
+
+def check_engine(name: EngineName) -> None:
+    """Raises: `ModelError` where this process has no such engine."""
+    if name == "openvino-bf16":
+        _openvino_core()
+
+
+def _openvino_core() -> Any:
+    """Raises: `ModelError` where the CPU has no bfloat16: nothing is scored more slowly, or otherwise, in silence."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise ModelError(
+            "--engine openvino-bf16 needs the package openvino on every node: pip install 'malaria-ray[openvino]'"
+        ) from error
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ModelError(
+            f"--engine openvino-bf16: the CPU {core.get_property('CPU', 'FULL_DEVICE_NAME')} does not compute in "
+            "bfloat16; take --engine onnx, or nodes with AVX512_BF16 or AMX"
+        )
+    return core
 
 
 class OnnxEngine:
@@ -85,6 +110,34 @@ class OnnxEngine:
     def outputs(self, pixels: Pixels) -> list[Scores]:
         """What the network gives for each image, output by output: float32 (n, k)."""
         return _in_batches(lambda batch: self._session.run(None, {self._input: batch}), pixels, self._batch_size)
+
+
+class OpenVinoEngine:
+    """OpenVINO on CPUs that compute in bfloat16 (8 bits of precision): twice as fast as ONNX Runtime's float32."""
+
+    def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
+        core = _openvino_core()
+        try:
+            network = core.read_model(model)
+            network.reshape([batch_size, *list(network.input(0).partial_shape)[1:]])
+            settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": n_threads, "NUM_STREAMS": 1}
+            # Pinned, the actors of a node would all compute on its first cores.
+            settings["ENABLE_CPU_PINNING"] = False
+            self._request = core.compile_model(network, "CPU", settings).create_infer_request()
+        except RuntimeError as error:
+            raise ModelError(f"model.onnx cannot be loaded by OpenVINO: {' '.join(str(error).split())}") from error
+        self._batch_size = batch_size
+
+    def score(self, pixels: Pixels) -> Scores:
+        return self.describe(pixels)[0]
+
+    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
+        scores, features = _in_batches(self._predict, pixels, self._batch_size)
+        return _checked(scores), features
+
+    def _predict(self, batch: Pixels) -> list[Scores]:
+        self._request.infer({0: batch})
+        return [output.data.copy() for output in self._request.output_tensors]
 
 
 class KerasEngine:

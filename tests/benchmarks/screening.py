@@ -1,8 +1,9 @@
 """Screening to Parquet, side by side: python -m tests.benchmarks.screening [--n 1000] [--run RUN].
 
-The same network (the article's cnn) and images for all. The ceiling is 1/(1/decode + 1/network) of bare processes, one
-a core, with the same ONNX Runtime. Each way runs in a process of its own after a small run of itself; the rate counts
-from the first call to the last file written, the start of Ray or of an interpreter not.
+The same network (the article's cnn) and images for all, in float32 but for --engine openvino-bf16. The ceiling is
+1/(1/decode + 1/network) of bare processes, one a core, with the same ONNX Runtime. Each way runs in a process of its
+own after a small run of itself; the rate counts from the first call to the last file written, the start of Ray or of an
+interpreter not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from malaria_ray.errors import ModelError
 from tests.benchmarks import material
 from tests.benchmarks.decoding import alone, decode_share, files_of, tf_dataset
 from tests.benchmarks.material import IMAGE_SIZE, N_PROCESSES
@@ -41,7 +43,7 @@ def ceiling(archive: Path, run: Path) -> dict[str, float]:
     return {"decode": decode, "network": forward, "rate": 1 / (1 / decode + 1 / forward)}
 
 
-def ours(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
+def ours(archive: Path, folder: Path, run: Path, engine: str = "onnx") -> dict[str, Any]:
     from malaria_ray.runtime import storage
     from malaria_ray.runtime.session import ray_session
     from malaria_ray.stages import screen
@@ -51,13 +53,19 @@ def ours(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
         for source in (small, archive):
             results = folder / f"results-{source.stem}"
             begun = time.monotonic()
-            screen.run(screen.Config(source=str(source), results=str(results), model=str(run), batch_size=BATCH))
+            screen.run(
+                screen.Config(source=str(source), results=str(results), model=str(run), engine=engine, batch_size=BATCH)
+            )
             seconds = time.monotonic() - begun
     success = storage.read_json(storage.locate(str(results)) / "_SUCCESS.json")
     n = success["counts"]["n_files"]
     shutil.rmtree(results)
     timings = success["timings"]
     return {"rate": n / seconds, "steady": timings["steady_images_per_second"], "n": n, "timings": timings}
+
+
+def ours_bf16(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
+    return ours(archive, folder, run, engine="openvino-bf16")
 
 
 def stock_ray(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
@@ -150,17 +158,30 @@ def daft(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
 
 WAYS = {
     "malaria_ray screen": ours,
+    "malaria_ray screen --engine openvino-bf16": ours_bf16,
     "Daft, one stage, the same ONNX Runtime": daft,
     "tf.data + Keras predict": tf_keras,
     "stock Ray: read_images + Keras actor + write_parquet": stock_ray,
 }
 
 
+def has_bf16() -> bool:
+    from malaria_ray.models.engines import check_engine
+
+    try:
+        check_engine("openvino-bf16")
+    except ModelError as error:
+        print(error)
+        return False
+    return True
+
+
 def main(arguments: list[str] | None = None) -> None:
     from zipfile import ZipFile
 
     flags = material.parser(__doc__).parse_args(arguments)
-    rates: dict[str, list[float]] = {name: [] for name in WAYS}
+    ways = {name: way for name, way in WAYS.items() if way is not ours_bf16 or has_bf16()}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     details: dict[str, Any] = {}
     ceilings, steady = [], []
     with material.scratch() as folder:
@@ -170,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
             members.extractall(folder / "files")
         for _ in range(flags.rounds):
             ceilings.append(ceiling(archive, run))
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 details[name] = alone(way, archive, folder, run)
                 rates[name].append(details[name]["rate"])
             steady.append(details["malaria_ray screen"]["steady"])
