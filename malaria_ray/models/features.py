@@ -14,11 +14,15 @@ from ray.data import ActorPoolStrategy
 from upath import UPath
 
 from malaria_ray.cells.crops import crop_pixels
+from malaria_ray.cells.images import Pixels
 from malaria_ray.models.building import build_backbone
 from malaria_ray.models.engines import OnnxEngine
 from malaria_ray.models.export import to_onnx
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.terminal import progress
+
+FLIPS = ("", "flipped_x", "flipped_y", "flipped_xy")
+"""The image as it is, and the other three with the folders that their features lie in."""
 
 _BATCH_SIZE = 16  # at VGG-19's cost per image a larger batch gains nothing on CPUs
 _ACTOR_CPUS = 0.9
@@ -31,31 +35,40 @@ class FeaturePlan:
     backbone: Any
     """Object reference of the backbone as ONNX bytes."""
     image_size: int
-    folder: str
 
 
-def feature_parts(dataset: UPath, folder: UPath, *, weights: bytes, image_size: int, n_actors: int) -> list[UPath]:
-    """The feature parts of a dataset in `folder`, one for each crops part, in its order; makes those that are missing.
+def feature_parts(
+    dataset: UPath, folder: UPath, *, weights: bytes, image_size: int, n_actors: int, flips: tuple[str, ...] = FLIPS[:1]
+) -> list[UPath]:
+    """The feature parts of a dataset in `folder`, one for each crops part, in its order, flip by flip; makes those that
+    are missing.
 
     A part has the columns image_id and features, the bytes of k float16 (k is 4,608 at 125 × 125).
     """
     crops = storage.parts(dataset / "crops")
-    todo = [storage.as_url(part) for part in crops if not (folder / part.name).exists()]
+    parts = [
+        (part, folder / flip / part.name if flip else folder / part.name, flip) for flip in flips for part in crops
+    ]
+    todo = [
+        {"crops": storage.as_url(part), "features": storage.as_url(target), "flip": flip}
+        for part, target, flip in parts
+        if not target.exists()
+    ]
     if todo:
         # Got before the actors take the CPUs that making it needs, and its error is raised here and not in each actor.
         backbone = ray.get(ray.remote(_backbone_as_onnx).remote(weights, image_size))
-        plan = FeaturePlan(backbone=ray.put(backbone), image_size=image_size, folder=storage.as_url(folder))
-        rows = ray.data.from_items([{"crops": url} for url in todo], override_num_blocks=len(todo)).map(
+        plan = FeaturePlan(backbone=ray.put(backbone), image_size=image_size)
+        rows = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
             _FeatureActor,
             fn_constructor_args=([plan],),
             compute=ActorPoolStrategy(size=min(n_actors, len(todo))),
             num_cpus=_ACTOR_CPUS,
         )
-        n_images = sum(storage.n_rows(storage.locate(url)) for url in todo)
+        n_images = sum(storage.n_rows(storage.locate(one["crops"])) for one in todo)
         with progress("features", n_images) as report:
             for row in rows.iter_rows():
                 report(row["n"])
-    return [folder / part.name for part in crops]
+    return [target for _, target, _ in parts]
 
 
 def read_features(url: str) -> npt.NDArray[np.float16]:
@@ -63,6 +76,12 @@ def read_features(url: str) -> npt.NDArray[np.float16]:
     column = storage.read_table(storage.locate(url), columns=["features"])["features"].combine_chunks()
     n = len(column)
     return np.frombuffer(column.buffers()[1], np.float16).reshape(-1, column.type.byte_width // 2)[column.offset :][:n]
+
+
+def flipped(pixels: Pixels, flip: str) -> Pixels:
+    """Images (n, size, size, 3) mirrored as one of `FLIPS` says."""
+    rows, columns = (slice(None, None, -1 if axis in flip.partition("_")[2] else 1) for axis in "yx")
+    return np.ascontiguousarray(pixels[:, rows, columns])
 
 
 def _backbone_as_onnx(weights: bytes, image_size: int) -> bytes:
@@ -78,13 +97,11 @@ class _FeatureActor:
         self.engine = OnnxEngine(ray.get(self.plan.backbone), n_threads=1, batch_size=_BATCH_SIZE)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        path = storage.locate(row["crops"])
-        crops = storage.read_table(path, columns=["image_id", "image"])
-        features = self.engine.outputs(crop_pixels(crops["image"], image_size=self.plan.image_size))[0].astype(
-            np.float16
-        )
+        crops = storage.read_table(storage.locate(row["crops"]), columns=["image_id", "image"])
+        pixels = flipped(crop_pixels(crops["image"], image_size=self.plan.image_size), row["flip"])
+        features = self.engine.outputs(pixels)[0].astype(np.float16)
         type_ = pa.binary(features.shape[1] * 2)
         column = pa.FixedSizeBinaryArray.from_buffers(type_, len(features), [None, pa.py_buffer(features.tobytes())])
         table = pa.table({"image_id": crops["image_id"], "features": column})
-        storage.write_table(storage.locate(self.plan.folder) / path.name, table, dictionary=False)
+        storage.write_table(storage.locate(row["features"]), table, dictionary=False)
         return {"n": len(features)}

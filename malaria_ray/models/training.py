@@ -38,12 +38,14 @@ _CHECK_EVERY_STEPS = 20  # how often the loss is looked at: every look waits for
 class Examples:
     """Where the examples lie: `parts` are object references of uint8 arrays (n_i, size, size, 3); example k is row
     `row[k]` of
-    part `part[k]`, with `label[k]` 0 or 1. Workers on a node share one copy of the parts."""
+    part `part[k]`, with `label[k]` 0 or 1. Workers on a node share one copy of the parts. With `n_views` above 1 the
+    parts of the other views of the same examples follow, view by view; an epoch sees one view of each."""
 
     parts: list[Any]
     part: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
     label: npt.NDArray[np.float32]
+    n_views: int = 1
 
     def __len__(self) -> int:
         return len(self.label)
@@ -100,6 +102,11 @@ def epoch_order(seed: int, epoch: int, n: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def epoch_views(seed: int, epoch: int, examples: Examples) -> npt.NDArray[np.int64]:
+    """Which view of each example an epoch sees, 0 to n_views - 1; the same for any number of workers."""
+    return np.random.default_rng([seed, epoch, 2]).integers(examples.n_views, size=len(examples))
+
+
 def batches(
     examples: Examples,
     order: npt.NDArray[np.int64],
@@ -107,11 +114,15 @@ def batches(
     batch_size: int,
     rank: int,
     n_workers: int,
+    views: npt.NDArray[np.int64] | None = None,
     draws: npt.NDArray[np.float32] | None = None,
 ) -> Iterator[Batch]:
     """The slices that worker `rank` of `n_workers` takes of the global batches of `order`: every example exactly once
-    over all workers, the same number of batches on each. `draws`: a row of numbers for each example.
+    over all workers, the same number of batches on each. `views`: which view of each example, else the first; `draws`:
+    a row of numbers for each example.
     """
+    n_parts = len(examples.parts) // examples.n_views
+    part_of = examples.part if views is None else examples.part + n_parts * views
     draws = np.empty((len(examples), 0), np.float32) if draws is None else draws
     parts = [ray.get(part) for part in examples.parts]
     shape = parts[0].shape[1:]
@@ -121,7 +132,7 @@ def batches(
         mine = in_batch[rank::n_workers]
         images = np.zeros((n_local, *shape), parts[0].dtype)
         labels, weights = np.zeros(n_local, np.float32), np.zeros(n_local, np.float32)
-        part, row = examples.part[mine], examples.row[mine]
+        part, row = part_of[mine], examples.row[mine]
         for one in np.unique(part):
             places = np.flatnonzero(part == one)
             images[places] = parts[one][row[places]]
@@ -224,6 +235,7 @@ def _train(plan: TrainingPlan) -> None:
             batch_size=plan.batch_size,
             rank=rank,
             n_workers=n_workers,
+            views=epoch_views(plan.seed, epoch, plan.train),
             draws=augmentation_draws(plan.seed, epoch, len(plan.train)) if plan.is_augmented else None,
         )
         _reseed_dropout(model, [plan.seed, epoch, rank])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import keras
@@ -13,7 +14,16 @@ from malaria_ray.errors import TrainingError
 from malaria_ray.models import DTYPE_POLICY
 from malaria_ray.models.augmentation import N_DRAWS, augment, augmentation_draws
 from malaria_ray.models.building import build_backbone, build_trainable, whole_network
-from malaria_ray.models.training import Examples, _run_epoch, _steps, ahead, batches, epoch_order, train_worker
+from malaria_ray.models.training import (
+    Examples,
+    _run_epoch,
+    _steps,
+    ahead,
+    batches,
+    epoch_order,
+    epoch_views,
+    train_worker,
+)
 from malaria_ray.models.vgg19 import with_head
 
 
@@ -132,6 +142,20 @@ def test_the_order_of_an_epoch_has_an_address():
     np.testing.assert_array_equal(epoch_order(7, 2, 50), epoch_order(7, 2, 50))
     assert not np.array_equal(epoch_order(7, 2, 50), epoch_order(7, 3, 50))
     assert sorted(epoch_order(7, 2, 50)) == list(range(50))
+
+
+def test_an_epoch_sees_one_view_of_each_example_at_an_address():
+    with pytest.MonkeyPatch.context() as patch:
+        one = small_examples(patch, 60)
+        mirrored = [InPlace(part.array + 100) for part in one.parts]
+        both = replace(one, parts=[*one.parts, *mirrored], n_views=2)
+        views = epoch_views(7, 2, both)
+        [batch] = batches(both, np.arange(60), batch_size=60, rank=0, n_workers=1, views=views)
+    np.testing.assert_array_equal(batch.images.reshape(-1), np.arange(60) + 100 * views)
+    assert 15 < views.sum() < 45
+    np.testing.assert_array_equal(views, epoch_views(7, 2, both))
+    assert not np.array_equal(views, epoch_views(7, 3, both))
+    assert not epoch_views(7, 2, one).any()
 
 
 def test_a_loss_that_is_no_number_names_its_step():

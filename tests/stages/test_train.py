@@ -231,7 +231,6 @@ def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.Monk
     [
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: allowed are numbers above 0"),
-        ({"model": "vgg19-frozen", "augment": "on"}, "--augment on: vgg19-frozen trains on features"),
         ({"num_workers": "4-2"}, "--num-workers 4-2: must be at least 1, or a range such as 1-4"),
         ({"folds": 5}, "--folds 5 --fold None: both are needed"),
         ({"folds": 5, "fold": 6}, "--folds 5 --fold 6"),
