@@ -148,7 +148,7 @@ def test_a_killed_node_costs_no_image(cluster: Bed, line: Line):
 def test_a_node_added_in_mid_run_is_used(cluster: Bed, line: Line):
     """On a cluster of one worker by now: the second actor that was asked for waits until there is a node for it."""
     results = line.folder / "grown"
-    larger = write_archive(line.folder / "more.zip", n_patients=24, n_cells_per_patient=10, n_copies=90)
+    larger = write_archive(line.folder / "more.zip", n_patients=24, n_cells_per_patient=10, n_copies=250)
     command = ["screen", str(larger), str(results), "--model", str(line.run), "--num-actors", "2"]
     process = cluster.start("submit", "--", *command)
     wait_for("a first part", lambda: n_parts(results) >= 1, process=process)
@@ -156,7 +156,7 @@ def test_a_node_added_in_mid_run_is_used(cluster: Bed, line: Line):
     assert process.poll() is None, "it ended before the node was there: give it more copies"
     output = process.communicate(timeout=400)[0]
     assert process.returncode == 0, output
-    check_results(cluster, results, 21_600)
+    check_results(cluster, results, 60_000)
     assert "10.213.101.14" in cluster.scorers_on()
 
 
