@@ -51,7 +51,7 @@ def ours(archive: Path, folder: Path, run: Path, engine: str = "onnx") -> dict[s
     small = material.archive_of(archive, 256, folder)
     with ray_session():
         for source in (small, archive):
-            results = folder / f"results-{source.stem}"
+            results = folder / f"results-{engine}-{source.stem}"
             begun = time.monotonic()
             screen.run(
                 screen.Config(source=str(source), results=str(results), model=str(run), engine=engine, batch_size=BATCH)
