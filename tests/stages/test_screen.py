@@ -83,7 +83,7 @@ def test_bfloat16_differs_in_the_third_digit(line: Line, tmp_path: Path):
     again = screen_of(line.archive, tmp_path / "results", line.run, engine="openvino-bf16")
     differences = (again["raw_score"] - predictions_of(line.results)["raw_score"]).abs()
     assert 1e-5 < differences.mean() < 3e-3
-    assert differences.max() < 0.03
+    assert differences.max() < 0.05
 
 
 def test_bfloat16_is_refused_in_one_line_where_the_cpu_has_none(line: Line, tmp_path: Path):
