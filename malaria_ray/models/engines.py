@@ -57,27 +57,19 @@ def gpu_fault(name: EngineName) -> str | None:
     return None if tf.config.list_physical_devices("GPU") else "TensorFlow sees no GPU here"
 
 
-def check_engine(name: EngineName) -> None:
-    """Raises: `ModelError` where this process has no such engine."""
-    if name == "openvino-bf16":
-        _openvino_core()
-
-
-def _openvino_core() -> Any:
-    """Raises: `ModelError` where the CPU has no bfloat16: nothing is scored more slowly, or otherwise, in silence."""
+def bf16_fault() -> str | None:
+    """Why this process cannot compute by OpenVINO in bfloat16; None where it can."""
     try:
         import openvino
-    except ImportError as error:
-        raise ModelError(
-            "--engine openvino-bf16 needs the package openvino on every node: pip install 'malaria-ray[openvino]'"
-        ) from error
+    except ImportError:
+        return "--engine openvino-bf16 needs the package openvino on every node: pip install 'malaria-ray[openvino]'"
     core = openvino.Core()
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise ModelError(
-            f"--engine openvino-bf16: the CPU {core.get_property('CPU', 'FULL_DEVICE_NAME')} does not compute in "
-            "bfloat16; take --engine onnx, or nodes with AVX512_BF16 or AMX"
-        )
-    return core
+    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return None
+    return (
+        f"--engine openvino-bf16: the CPU {core.get_property('CPU', 'FULL_DEVICE_NAME')} does not compute in bfloat16; "
+        "take --engine onnx, or nodes with AVX512_BF16 or AMX"
+    )
 
 
 class OnnxEngine:
@@ -116,13 +108,20 @@ class OpenVinoEngine:
     """OpenVINO on CPUs that compute in bfloat16 (8 bits of precision): twice as fast as ONNX Runtime's float32."""
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
-        core = _openvino_core()
+        if fault := bf16_fault():  # nothing is scored more slowly, or otherwise, in silence
+            raise ModelError(fault)
+        import openvino
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "INFERENCE_NUM_THREADS": n_threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # pinned, the actors of a node would all compute on its first cores
+        }
+        core = openvino.Core()
         try:
             network = core.read_model(model)
             network.reshape([batch_size, *list(network.input(0).partial_shape)[1:]])
-            settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": n_threads, "NUM_STREAMS": 1}
-            # Pinned, the actors of a node would all compute on its first cores.
-            settings["ENABLE_CPU_PINNING"] = False
             self._request = core.compile_model(network, "CPU", settings).create_infer_request()
         except RuntimeError as error:
             raise ModelError(f"model.onnx cannot be loaded by OpenVINO: {' '.join(str(error).split())}") from error

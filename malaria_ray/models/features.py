@@ -38,7 +38,7 @@ class FeaturePlan:
 
 
 def feature_parts(
-    dataset: UPath, folder: UPath, *, weights: bytes, image_size: int, n_actors: int, flips: tuple[str, ...] = FLIPS[:1]
+    dataset: UPath, folder: UPath, *, weights: bytes, image_size: int, n_actors: int, flips: tuple[str, ...]
 ) -> list[UPath]:
     """The feature parts of a dataset in `folder`, one for each crops part, in its order, flip by flip; makes those that
     are missing.
@@ -46,9 +46,7 @@ def feature_parts(
     A part has the columns image_id and features, the bytes of k float16 (k is 4,608 at 125 × 125).
     """
     crops = storage.parts(dataset / "crops")
-    parts = [
-        (part, folder / flip / part.name if flip else folder / part.name, flip) for flip in flips for part in crops
-    ]
+    parts = [(part, folder / flip / part.name, flip) for flip in flips for part in crops]
     todo = [
         {"crops": storage.as_url(part), "features": storage.as_url(target), "flip": flip}
         for part, target, flip in parts
@@ -80,8 +78,8 @@ def read_features(url: str) -> npt.NDArray[np.float16]:
 
 def flipped(pixels: Pixels, flip: str) -> Pixels:
     """Images (n, size, size, 3) mirrored as one of `FLIPS` says."""
-    rows, columns = (slice(None, None, -1 if axis in flip.partition("_")[2] else 1) for axis in "yx")
-    return np.ascontiguousarray(pixels[:, rows, columns])
+    y_step, x_step = (-1 if axis in flip else 1 for axis in "yx")
+    return np.ascontiguousarray(pixels[:, ::y_step, ::x_step])
 
 
 def _backbone_as_onnx(weights: bytes, image_size: int) -> bytes:

@@ -30,7 +30,7 @@ from malaria_ray.archives.listing import check_same_listing, list_archive, listi
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, check_engine, gpu_fault
+from malaria_ray.models.engines import MODEL_FILE, EngineName, bf16_fault, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.session import ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
@@ -201,7 +201,9 @@ def run(config: Config) -> None:
             run_id=trained["run_id"],
         )
         if config.engine == "openvino-bf16":  # asked here, since each actor would tell of it in forty lines
-            ray.get(ray.remote(check_engine).options(num_cpus=_TASK_CPUS).remote(config.engine))
+            fault = ray.get(ray.remote(bf16_fault).options(num_cpus=_TASK_CPUS).remote())
+            if fault:
+                raise ModelError(fault)
         pool = _pool(config)
         n_scored = _score_all(listing, results, plan, config, pool)
     del listing  # what the driver holds grows with the archive: no more of it than is needed

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from malaria_ray.errors import ModelError
+from malaria_ray.models.engines import bf16_fault
 from tests.benchmarks import material
 from tests.benchmarks.decoding import alone, decode_share, files_of, tf_dataset
 from tests.benchmarks.material import IMAGE_SIZE, N_PROCESSES
@@ -62,10 +63,6 @@ def ours(archive: Path, folder: Path, run: Path, engine: str = "onnx") -> dict[s
     shutil.rmtree(results)
     timings = success["timings"]
     return {"rate": n / seconds, "steady": timings["steady_images_per_second"], "n": n, "timings": timings}
-
-
-def ours_bf16(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
-    return ours(archive, folder, run, engine="openvino-bf16")
 
 
 def stock_ray(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
@@ -158,29 +155,20 @@ def daft(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
 
 WAYS = {
     "malaria_ray screen": ours,
-    "malaria_ray screen --engine openvino-bf16": ours_bf16,
+    "malaria_ray screen --engine openvino-bf16": partial(ours, engine="openvino-bf16"),
     "Daft, one stage, the same ONNX Runtime": daft,
     "tf.data + Keras predict": tf_keras,
     "stock Ray: read_images + Keras actor + write_parquet": stock_ray,
 }
 
 
-def has_bf16() -> bool:
-    from malaria_ray.models.engines import check_engine
-
-    try:
-        check_engine("openvino-bf16")
-    except ModelError as error:
-        print(error)
-        return False
-    return True
-
-
 def main(arguments: list[str] | None = None) -> None:
     from zipfile import ZipFile
 
     flags = material.parser(__doc__).parse_args(arguments)
-    ways = {name: way for name, way in WAYS.items() if way is not ours_bf16 or has_bf16()}
+    if fault := bf16_fault():
+        print(fault)
+    ways = {name: way for name, way in WAYS.items() if "bf16" not in name or not fault}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     details: dict[str, Any] = {}
     ceilings, steady = [], []

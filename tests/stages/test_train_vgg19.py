@@ -25,8 +25,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of_imagenet = DATA / "vgg19_imagenet_notop.h5"
     if of_imagenet.exists():
         return of_imagenet
-    random = tmp_path_factory.mktemp("weights") / "random.weights.h5"
-    keras.applications.VGG19(include_top=False, weights=None).save_weights(random)
+    random = tmp_path_factory.mktemp("weights") / "random.h5"
+    keras.applications.VGG19(include_top=False, weights=None).save(random)  # in the format of ImageNet's file
     return random
 
 
