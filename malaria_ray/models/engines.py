@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,27 @@ Scores = npt.NDArray[np.float32]
 Features = npt.NDArray[np.float32]
 
 
-class Engine(Protocol):
+class Engine(ABC):
+    """A network that takes `_batch_size` images at a time."""
+
+    _batch_size: int
+
+    @abstractmethod
+    def _predict(self, batch: Pixels) -> list[Scores]:
+        """Each output of the network for one full batch; the first is the scores, the second the features."""
+
     def score(self, pixels: Pixels) -> Scores:
         """P(parasitized) of each image: uint8 (n, size, size, 3), RGB, 0..255 → float32 (n,), 0..1."""
+        return _checked(self.outputs(pixels)[0])
 
     def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
         """The same scores, and the features before them, float32 (n, k), what the network's last layer sees."""
+        scores, features = self.outputs(pixels)
+        return _checked(scores), features
+
+    def outputs(self, pixels: Pixels) -> list[Scores]:
+        """What the network gives for each image, output by output: float32 (n, k)."""
+        return _in_batches(self._predict, pixels, self._batch_size)
 
 
 def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int, use_gpu: bool = False) -> Engine:
@@ -72,7 +88,7 @@ def bf16_fault() -> str | None:
     )
 
 
-class OnnxEngine:
+class OnnxEngine(Engine):
     """ONNX Runtime: starts in well under a second, scores twice as fast as Keras on CPUs, needs no TensorFlow."""
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int, use_gpu: bool = False):
@@ -92,19 +108,12 @@ class OnnxEngine:
         self._input = self._session.get_inputs()[0].name
         self._batch_size = batch_size
 
-    def score(self, pixels: Pixels) -> Scores:
-        return _checked(self.outputs(pixels)[0])
-
-    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
-        scores, features = self.outputs(pixels)
-        return _checked(scores), features
-
-    def outputs(self, pixels: Pixels) -> list[Scores]:
-        """What the network gives for each image, output by output: float32 (n, k)."""
-        return _in_batches(lambda batch: self._session.run(None, {self._input: batch}), pixels, self._batch_size)
+    def _predict(self, batch: Pixels) -> list[Scores]:
+        outputs: list[Scores] = self._session.run(None, {self._input: batch})
+        return outputs
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(Engine):
     """OpenVINO on CPUs that compute in bfloat16 (8 bits of precision): twice as fast as ONNX Runtime's float32."""
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
@@ -127,19 +136,12 @@ class OpenVinoEngine:
             raise ModelError(f"model.onnx cannot be loaded by OpenVINO: {' '.join(str(error).split())}") from error
         self._batch_size = batch_size
 
-    def score(self, pixels: Pixels) -> Scores:
-        return self.describe(pixels)[0]
-
-    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
-        scores, features = _in_batches(self._predict, pixels, self._batch_size)
-        return _checked(scores), features
-
     def _predict(self, batch: Pixels) -> list[Scores]:
         self._request.infer({0: batch})
         return [output.data.copy() for output in self._request.output_tensors]
 
 
-class KerasEngine:
+class KerasEngine(Engine):
     """Keras' own prediction, on whatever backend and device Keras is set to. Loaded in safe mode: no code from the
     file runs.
     """
@@ -162,12 +164,9 @@ class KerasEngine:
         self._model = keras.Model(self._model.input, [self._model.output, self._model.layers[-1].input])
         self._batch_size = batch_size
 
-    def score(self, pixels: Pixels) -> Scores:
-        return self.describe(pixels)[0]
-
-    def describe(self, pixels: Pixels) -> tuple[Scores, Features]:
-        scores, features = _in_batches(self._model.predict_on_batch, pixels, self._batch_size)
-        return _checked(scores), features
+    def _predict(self, batch: Pixels) -> list[Scores]:
+        outputs: list[Scores] = self._model.predict_on_batch(batch)
+        return outputs
 
 
 def _in_batches(predict: Any, pixels: Pixels, batch_size: int) -> list[Scores]:
