@@ -115,12 +115,18 @@ class BlockSource(Datasource):  # type: ignore[misc]  # Ray gives no types
 
 class LedgerOfSource(IdColumnCheckpointManager):  # type: ignore[misc]
     """Ray's manager without its filter: the source holds only rows that are left. Files of pending notes are deleted as
-    ever.
+    ever, but for those whose note was committed: an object store renames by copying and deleting, and a writer that was
+    stopped between the two leaves both notes, for which Ray would delete rows that are done.
     """
 
     def load_checkpoint(
         self, data_file_dir: str | None = None, data_file_filesystem: pa.fs.FileSystem | None = None
     ) -> tuple[ray.ObjectRef | None, int]:
+        selector = pa.fs.FileSelector(self.checkpoint_path_unwrapped, allow_not_found=True)
+        notes = {note.path for note in self.filesystem.get_file_info(selector)}
+        for note in notes:
+            if note.endswith(_PENDING) and note.removesuffix(_PENDING) + ".parquet" in notes:
+                self.filesystem.delete_file(note)
         self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
         return None, 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from stages.conftest import Line, content, write_archive
+from stages.killing import run_and_kill
 from stages.test_screen import predictions_of, screen_of
 
 from malaria_ray.errors import ConfigError
@@ -140,6 +142,25 @@ def test_an_object_store_that_goes_away_stops_in_one_line_and_when_it_is_back_it
     pd.testing.assert_frame_equal(predictions_of(tmp_path / "results"), undisturbed)
 
 
+def test_rows_whose_note_was_committed_are_kept_where_the_pending_one_is_still_there(
+    line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
+):
+    """An object store renames by copying and deleting: what a writer leaves that is stopped between the two."""
+    results = tmp_path / "results"
+    run_and_kill(
+        ["screen", str(many), str(results), "--model", str(line.run)],
+        when=results / "_work/checkpoint/*[0-9].parquet",
+    )
+    work = storage.locate(str(results / "_work"))
+    done = ledger.keys_done(work)
+    for name in ledger.committed_files(work):
+        note = results / "_work/checkpoint" / f"{name}.parquet"
+        shutil.copy(note, note.with_name(f"{name}.pending.parquet"))
+    pd.testing.assert_frame_equal(screen_of(many, results, line.run), undisturbed)
+    timings = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))["timings"]
+    assert timings["images_scored"] <= len(undisturbed) - len(done), "what is done is not scored again"
+
+
 @pytest.fixture
 def with_a_hole(line: Line, tmp_path: Path) -> Path:
     """A folder of ten cells, of which one is not to be had, and a file that is no image."""
@@ -181,8 +202,11 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     assert "no quarantined file to try again" in caplog.text
 
 
-def test_what_operators_watch_is_at_rays_own_endpoint(line: Line, with_a_hole: Path, tmp_path: Path):
-    screen_of(with_a_hole, tmp_path / "results", line.run)
+def test_what_operators_watch_is_at_rays_own_endpoint(line: Line, copy_of, with_a_hole: Path, tmp_path: Path):
+    run = copy_of(line.run)
+    success = storage.locate(str(run / "_SUCCESS.json"))
+    storage.write_json(success, {**storage.read_json(success), "threshold": 0.0})
+    assert screen_of(with_a_hole, tmp_path / "results", run)["predicted_label"].all()
     [node] = [node for node in ray.nodes() if node["Alive"]]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = (
