@@ -114,8 +114,8 @@ up() {
     [[ -x $PYTHON ]] || fail "no Python at $PYTHON; run 'make setup' or set PYTHON"
     if [[ $(id -u) != 0 ]] || ! command -v ip >/dev/null; then fail "network namespaces need root and iproute2"; fi
     mkdir -m 700 "$BED"
-    make_network
     (umask 077 && "$PYTHON" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$BED/token")
+    make_network
     # The head does no work: a job's driver and the cluster's own books are enough to lose.
     start_node 0 --head --port=6379 --num-cpus=0 --dashboard-host="$(address_of 0)" --dashboard-port=8265
     for ((node = 1; node <= n; node++)); do start_worker "$node"; done
@@ -132,17 +132,20 @@ status() {
     done
 }
 
-down() {
-    local node namespace
-    for node in $(nodes); do kill_node "$node"; done
-    for namespace in $(ip netns list | awk '{print $1}' | grep -xE "$NAME(-[0-9]+)?"); do ip netns delete "$namespace"; done
+down() { # also what is left where `up` failed or $BED was deleted
+    local namespace
+    for namespace in $(ip netns list | awk '{print $1}' | grep -xE "$NAME(-[0-9]+)?"); do
+        [[ $namespace == "$NAME" ]] || kill_node "${namespace#"$NAME-"}"
+        ip netns delete "$namespace"
+    done
+    [[ ! -e $BED ]] || [[ -f $BED/token ]] || rmdir "$BED" || fail "$BED is no test bed; remove it by hand"
     rm -rf "$BED"
 }
 
 command=${1:-help}
 shift || true
 case $command in
-up | help | -h | --help) ;;
+up | down | help | -h | --help) ;;
 *) check_is_up ;;
 esac
 case $command in

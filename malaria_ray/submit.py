@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from malaria_ray.runtime import jobs
 log = logging.getLogger("malaria_ray")
 
 _NOT_SUBMITTED = ("submit", "jobs", "demo")
-_PATHS = ("archive", "dataset", "run", "source", "results", "directory")
+_PATHS = (
+    *("archive", "dataset", "run", "source", "results", "directory", "packed", "results_and_audit", "directories"),
+    *("model", "weights", "init_from", "patients", "against", "out", "output", "report", "figure", "storage"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +107,15 @@ def _tree_here() -> Path | None:
 
 
 def _check_paths(command: str, config: Any) -> None:
-    names = (*_PATHS, "model") if command == "screen" else _PATHS
-    for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, str) and not (value.startswith("/") or "://" in value or value == "nih"):
-            raise ConfigError(
-                f"{name} {value!r} is relative: on the cluster it would lie in the job's own folder, which is deleted "
-                "with the job; give an absolute path or URL that every node sees"
-            )
+    """Raises: `ConfigError` for the first relative path. A default, as 'imagenet', is none of the user's."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in _PATHS:
+        given = getattr(config, name, None)
+        if given == defaults.get(name) or (command, name) == ("train", "model"):
+            continue
+        for value in given if isinstance(given, tuple) else (given,):
+            if not (value.startswith("/") or "://" in value or value == "nih"):
+                raise ConfigError(
+                    f"{name} {value!r} is relative: on the cluster it would lie in the job's own folder, which is "
+                    "deleted with the job; give an absolute path or URL that every node sees"
+                )

@@ -40,6 +40,7 @@ def open_archive(url: str) -> Archive:
 
     Raises: `ArchiveError` where nothing is there or its kind is unknown, `ConfigError` for an unknown protocol.
     """
+    from malaria_ray.archives import containers
     from malaria_ray.archives.datasets import DatasetArchive
     from malaria_ray.archives.folders import FolderArchive
     from malaria_ray.archives.nih import nih_archive
@@ -50,7 +51,7 @@ def open_archive(url: str) -> Archive:
     if url == "nih":
         return nih_archive()
     path = storage.locate(url)
-    name = path.name if storage.is_local(path) else path.name.partition("?")[0]  # a signed URL has more behind the name
+    name = containers.name_of(path)
     if not (path.is_dir() if storage.is_local(path) else url.endswith("/")):
         for ending, kind in ((".zip", ZipArchive), (".tar", TarArchive), (".parquet", ParquetArchive)):
             if name.lower().endswith(ending):

@@ -66,6 +66,11 @@ def listed(path: UPath, places: Callable[[], Iterator[pa.Table]]) -> Iterator[pa
             return
 
 
+def name_of(path: UPath) -> str:
+    """Name of the file. A signed URL has more behind it, which is a secret."""
+    return path.name if storage.is_local(path) else path.name.partition("?")[0]
+
+
 def n_bytes(path: UPath) -> int:
     """Size of the file. Raises: `ArchiveError` in one line."""
     try:

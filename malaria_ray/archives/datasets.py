@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from upath import UPath
 
+from malaria_ray.archives import containers
+from malaria_ray.errors import DirectoryError
 from malaria_ray.runtime import outputs, storage
 
 
@@ -28,10 +32,24 @@ class DatasetArchive:
 
     def places(self) -> Iterator[pa.Table]:
         manifest = storage.read_table(self.path / "manifest.parquet", columns=["image_id", "n_bytes"])
-        for part in storage.parts(self.path / "crops"):
-            crops = storage.read_table(part, columns=["image_id", "label", "patient_id"])
-            n = crops.num_rows
-            places = crops.append_column("container", pa.repeat(storage.as_url(part), n))
-            places = places.append_column("method", pa.repeat("crops", n))
-            places = places.append_column("offset", pa.array(range(n), pa.int64()))
-            yield places.join(manifest, "image_id", join_type="left outer")
+        tables = [_places(part) for part in storage.parts(self.path / "crops")]
+        if not tables:
+            return
+        places = pa.concat_tables(tables)
+        rows = pc.index_in(places["image_id"], value_set=manifest["image_id"])
+        yield places.append_column("n_bytes", manifest["n_bytes"].take(rows))
+
+
+def _places(part: UPath) -> pa.Table:
+    """The crops of one part, by its small columns alone: the pixels are not read.
+
+    Raises: `DirectoryError` where a column is an Arrow extension, as `storage.read_table`.
+    """
+    with containers.opened(part, is_read_in_order=False) as file:
+        crops = pq.read_table(file, columns=["image_id", "label", "patient_id"])
+    if "extension<" in str(crops.schema):
+        raise DirectoryError(f"{part} is no plain table: a column is an Arrow extension; make the directory anew")
+    n = crops.num_rows
+    places = crops.append_column("container", pa.repeat(storage.as_url(part), n))
+    places = places.append_column("method", pa.repeat("crops", n))
+    return places.append_column("offset", pa.array(range(n), pa.int64()))

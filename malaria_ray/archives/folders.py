@@ -11,17 +11,17 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from malaria_ray.archives import containers
+from malaria_ray.archives import Archive, containers
 from malaria_ray.archives.parquets import is_parquet_of_images, parquet_places
 from malaria_ray.archives.tars import tar_places
-from malaria_ray.errors import ArchiveError
+from malaria_ray.errors import ArchiveError, ConfigError
 from malaria_ray.runtime import storage
 
 _BATCH = 10_000
 _N_THREADS = 16  # folders listed and shards opened at a time: what is waited for is the disk or the network
 _KIND, _OTHER = {"file": "file", "directory": "a folder"}, "a pipe or device"
 
-_Row = tuple[str, int, str]  # name below the root, size, method
+_Row = tuple[str, int | None, str]  # name below the root, size if it is known, method
 _Listed = tuple[list[pa.Table], list[_Row], list[str], list[_Row]]  # tables, other files, folders, shards
 
 
@@ -100,6 +100,11 @@ class FolderArchive:
                     yield fs.info(entry)
         elif hasattr(fs, "call_s3"):
             yield from _s3_entries(fs, folder)
+        elif self.path.protocol in ("http", "https"):  # links of a page: also to itself, to sort it, to the one above
+            inside = folder.rstrip("/") + "/"
+            for info in fs.ls(folder, detail=True):
+                if (name := info["name"].removeprefix(inside)) and "?" not in name:
+                    yield info
         else:
             yield from fs.ls(folder or "/", detail=True)
 
@@ -109,7 +114,7 @@ class FolderArchive:
             name.encode()
         except UnicodeEncodeError:  # a disk takes any bytes for a name, a table of strings does not
             name, method = name.encode("utf-8", "backslashreplace").decode(), "a file whose name is not UTF-8"
-        return name, int(info.get("size") or 0), method
+        return name, info.get("size"), method
 
     def _method(self, info: dict[str, Any]) -> str:
         """`file`, or what it is instead. Only `file` is ever opened: reading a pipe would wait for ever."""
@@ -143,6 +148,21 @@ class FolderArchive:
                 "container": pa.repeat(storage.as_url(self.path), len(names)),
                 "method": pa.array(methods, pa.string()),
             }
+        )
+
+
+def check_outside(archive: Archive, output: UPath) -> None:
+    """Raises: `ConfigError` where the output is the archive's folder or lies in it: what is written would be listed."""
+    if not isinstance(archive, FolderArchive) or type(archive.path.fs) is not type(output.fs):
+        return
+    folder, below = (
+        os.path.realpath(path.path) if storage.is_local(path) else path.path.rstrip("/")
+        for path in (archive.path, output)
+    )
+    if f"{below}/".startswith(f"{folder.rstrip('/')}/"):
+        raise ConfigError(
+            f"{output} lies in the archive {archive.url}, what is written there would be listed as part of it; give a "
+            "directory outside"
         )
 
 

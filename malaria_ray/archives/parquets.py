@@ -49,7 +49,7 @@ class ParquetArchive:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
-        name = self.path.name.removesuffix(".parquet")
+        name = containers.name_of(self.path).removesuffix(".parquet")
         return containers.listed(self.path, lambda: parquet_places(self.path, name=name))
 
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from upath import UPath
 
+from malaria_ray.archives import containers
 from malaria_ray.archives.parquets import read_rows
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels, content_digest, decode, resize
@@ -23,6 +26,9 @@ from malaria_ray.schema import OK, Reason
 
 MAX_FILE_BYTES = 512 * 1024**2
 """Larger files are refused unread: no cell image is that large, and a packed one can be made to fill the memory."""
+
+UNKNOWN_BYTES = 64 * 1024
+"""Taken for a file whose size its archive does not tell."""
 
 _READ_BYTES = 32 * 1024**2  # files are read in groups of about this size, so memory does not grow with the shard
 _REQUEST_BYTES = 4 * 1024**2  # neighbours in one container are read by one request of up to this size
@@ -90,7 +96,8 @@ def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:
     group: list[dict[str, Any]] = []
     group_bytes = 0
     for row in rows:
-        size = row["span"] or row["n_bytes"] or row["packed_bytes"] or 0
+        told = (row["span"], row["n_bytes"], row["packed_bytes"])
+        size = next((n for n in told if n is not None), UNKNOWN_BYTES)
         if group and (row["container"] != group[0]["container"] or group_bytes + size > _READ_BYTES):
             yield from _read_group(group)
             group, group_bytes = [], 0
@@ -133,7 +140,7 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     root = storage.locate(rows[0]["container"])
     prefix = root.path.rstrip("/") + "/"
     n = len(rows)
-    sizes = [0 if storage.is_local(root) else row["n_bytes"] for row in rows]
+    sizes = [0 if storage.is_local(root) else row["n_bytes"] or 0 for row in rows]
     starts = [0 if size else None for size in sizes]  # "from 0" spares s3fs a request for the size of each
     for data in _fetch(root.fs, [prefix + row["image_id"] for row in rows], starts, [None] * n, sizes):
         yield data if isinstance(data, bytes) else _unreadable(data)
@@ -240,12 +247,25 @@ def _unreadable(error: BaseException) -> ReadError:
     return ReadError(Reason.UNREADABLE, f"{type(error).__name__}: {error}")
 
 
+def _rows_of(path: UPath, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Rows of one Parquet file by their numbers, from the row groups that hold them alone."""
+    with containers.open_file(path, is_read_in_order=False) as file:
+        parquet = pq.ParquetFile(file, pre_buffer=True)
+        metadata = parquet.metadata
+        sizes = np.array([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
+        ends = np.cumsum(sizes)
+        groups, at = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
+        table = parquet.read_row_groups(groups.tolist())
+    skipped = ends[groups] - np.cumsum(sizes[groups])  # rows before each group that were not read
+    return table.take(rows - skipped[at])
+
+
 def _read_crops(listing: pa.Table, *, image_size: int) -> Cells:
     """Cells of a dataset: rows of its `crops` parts, no decoding."""
     tables, pixels = [], []
     for container in pc.unique(listing["container"]).to_pylist():
         rows = listing.filter(pc.equal(listing["container"], container))["offset"]
-        part = pq.read_table(pa.BufferReader(storage.locate(container).read_bytes())).take(rows)
+        part = _rows_of(storage.locate(container), rows.to_numpy())
         tables.append(part.drop_columns(["image"]))
         pixels.append(crop_pixels(part["image"], image_size=image_size))
     table = pa.concat_tables(tables)

@@ -1,17 +1,20 @@
 """A plain .tar read in place: its headers once, one after the other, then each member's bytes by range.
 
-WebDataset's layout is understood: members whose names agree up to the first dot of the file name are one sample,
-`key.png` with `key.cls` (a label) or `key.json` (an object with `label` and `patient_id`, others are left). Such a
-sidecar file is read while listing and is no row of its own; one without an image beside it is a row like any file.
+WebDataset's layout is understood: `key.png` with `key.cls` (a label) or `key.json` (an object with `label` and
+`patient_id`, others are left). Such a sidecar file is of the files that have its name but for the last ending; else of
+the one file, if it is one, that agrees with it up to the first dot of the name, as in WebDataset's own samples. It is
+read while listing and is no row of its own; one without an image beside it is a row like any file.
 """
 
 from __future__ import annotations
 
 import json
+import posixpath
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from upath import UPath
@@ -20,6 +23,8 @@ from malaria_ray.archives import containers
 from malaria_ray.archives.labels import label_number
 from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import storage
+
+T = TypeVar("T")
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".tar.lz4")
 
@@ -95,17 +100,40 @@ def _joined(sample: list[_Member], file: BinaryIO, path: UPath) -> list[_Member]
         return sample
     sidecars = [member for member in sample if _is_sidecar(member)]
     files = [member for member in sample if not _is_sidecar(member)]
-    if not files:
-        return sample
+    of_stem = defaultdict(list)
+    for member in files:
+        of_stem[_stem(member)].append(member)
+    alone = []
     for sidecar in sidecars:
-        file.seek(sidecar.offset)
-        content = _content(file.read(sidecar.size), sidecar.name, where=f"{path}: {sidecar.name}")
-        label = label_number(content.get("label"), where=f"{path}: {sidecar.name}")
-        patient = content.get("patient_id")
-        for member in files:
-            member.label = member.label if label is None else label
-            member.patient_id = member.patient_id if patient is None else str(patient)
-    return files
+        if described := of_stem.get(_stem(sidecar)) or (files if len(files) == 1 else None):
+            _describe(described, sidecar, file, path)
+        else:
+            alone.append(sidecar)
+    return files + alone
+
+
+def _stem(member: _Member) -> str:
+    return posixpath.splitext(member.name)[0]
+
+
+def _describe(files: list[_Member], sidecar: _Member, file: BinaryIO, path: UPath) -> None:
+    """Gives the files the label and patient of their sidecar file. Raises: `ArchiveError` where another gave others."""
+    where = f"{path}: {sidecar.name}"
+    file.seek(sidecar.offset)
+    content = _content(file.read(sidecar.size), sidecar.name, where=where)
+    label = label_number(content.get("label"), where=where)
+    patient = None if (given := content.get("patient_id")) is None else str(given)
+    for member in files:
+        member.label = _agreed("label", member.label, label, member, where)
+        member.patient_id = _agreed("patient", member.patient_id, patient, member, where)
+
+
+def _agreed(what: str, was: T | None, now: T | None, member: _Member, where: str) -> T | None:
+    if was is not None and now is not None and was != now:
+        raise ArchiveError(
+            f"{where} gives {member.name} the {what} {now!r}, another file {was!r}; correct one or leave it out"
+        )
+    return was if now is None else now
 
 
 def _is_sidecar(member: _Member) -> bool:

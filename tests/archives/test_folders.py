@@ -11,11 +11,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import samples
+from servers import Site, serve
 
-from malaria_ray.archives import open_archive
+from malaria_ray.archives import open_archive, reading
+from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells, read_files
-from malaria_ray.errors import ArchiveError
+from malaria_ray.errors import ArchiveError, ConfigError
+from malaria_ray.runtime import storage
+from malaria_ray.stages.pack import part_bounds
 
 pytestmark = pytest.mark.timeout(60)  # a test that hangs is one that opened a pipe
 
@@ -249,3 +253,91 @@ def test_folder_in_memory_gives_the_same_cells_as_on_disk(tmp_path: Path) -> Non
         memory.pipe(f"/test_folders/{name}", data)
     assert rows("memory://test_folders") == rows(fill(tmp_path, files))
     memory.rm("/test_folders", recursive=True)
+
+
+def index(above: str, names: list[str]) -> bytes:
+    """A folder's page as Apache writes it: links that sort it, one to the folder above, one to each entry."""
+    columns = "".join(f'<th><a href="?C={column};O=D">{column}</a></th>' for column in "NMSD")
+    rows = "".join(f'<tr><td><a href="{name}">{name}</a></td></tr>' for name in names)
+    return f'<table><tr>{columns}</tr><tr><td><a href="{above}">Parent Directory</a></td></tr>{rows}</table>'.encode()
+
+
+IMAGES = {f"{folder}/{i}.png": samples.noise(i) for folder, i in (("Parasitized", 1), ("Uninfected", 2))}
+IMAGES |= {f"{i}.png": samples.noise(i) for i in range(3, 7)}
+PAGES = {
+    "/cells": index("/", ["Parasitized/", "Uninfected/", "3.png", "4.png", "5.png", "6.png"]),
+    "/cells/Parasitized/": index("/cells/", ["1.png"]),
+    "/cells/Uninfected/": index("/cells/", ["2.png"]),
+}
+
+
+def test_folder_behind_http_is_its_files_whose_sizes_are_not_known() -> None:
+    with serve(
+        Site({**PAGES, "/cells/": PAGES["/cells"], **{f"/cells/{name}": IMAGES[name] for name in IMAGES}})
+    ) as site:
+        listing = list_archive(open_archive(f"{site.url}/cells/"))
+        assert listing["image_id"].to_pylist() == sorted(IMAGES)
+        assert listing["n_bytes"].null_count == len(IMAGES)
+        table = read_cells(listing, image_size=16).table
+    assert table["status"].to_pylist() == ["ok"] * len(IMAGES)
+    assert table["n_bytes"].to_pylist() == [len(IMAGES[name]) for name in sorted(IMAGES)]
+    assert len(part_bounds(listing, 2 * reading.UNKNOWN_BYTES)) == 3
+
+
+def test_files_of_unknown_size_are_not_all_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = list_archive(open_archive(str(fill(tmp_path, IMAGES))))
+    at = listing.schema.get_field_index("n_bytes")
+    listing = listing.set_column(at, "n_bytes", pa.nulls(len(IMAGES), pa.int64()))
+    read, group = list[int](), reading._read_group
+    monkeypatch.setattr(reading, "_READ_BYTES", 4 * reading.UNKNOWN_BYTES)
+    monkeypatch.setattr(reading, "_read_group", lambda rows: (read.append(len(rows)), group(rows))[1])
+    assert list(read_files(listing)) == [IMAGES[name] for name in sorted(IMAGES)]
+    assert read == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("archive", "output"),
+    [
+        ("cells", "cells"),
+        ("cells", "cells/Parasitized/out"),
+        ("cells/", "link/out"),
+        ("link", "cells/../cells/out"),
+        ("memory://cells_in", "memory://cells_in/"),
+        ("memory://cells_in", "memory:///cells_in/a/b"),
+    ],
+)
+def test_output_in_the_archive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: str, output: str
+) -> None:
+    _archives(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"lies in the archive .*; give a directory outside") as caught:
+        check_outside(open_archive(archive), storage.locate(output))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("archive", "output"),
+    [
+        ("cells", "cells-out"),
+        ("cells", "out"),
+        ("cells", "."),
+        ("cells/a.zip", "cells"),
+        ("cells", "memory://cells/out"),
+        ("memory://cells_in", "memory://cells_in2"),
+        ("memory://cells_in", "cells_in"),
+    ],
+)
+def test_output_beside_the_archive_is_none_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: str, output: str
+) -> None:
+    _archives(tmp_path, monkeypatch)
+    check_outside(open_archive(archive), storage.locate(output))
+
+
+def _archives(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    fill(root, {"cells/Parasitized/a.png": PNG, "cells/a.zip": samples.zip_of({"a.png": PNG})})
+    (root / "link").symlink_to(root / "cells")
+    fsspec.filesystem("memory").pipe("/cells_in/a.png", PNG)
+    monkeypatch.chdir(root)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import samples
+from servers import Site, serve
 
 from malaria_ray.archives import open_archive, parquets, reading
 from malaria_ray.archives.listing import list_archive
@@ -115,6 +116,14 @@ def test_broken_file_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "cells.parquet").write_bytes(b"PAR1 no Parquet")
     with pytest.raises(ArchiveError, match="is no complete Parquet file"):
         listed(tmp_path / "cells.parquet")
+
+
+def test_signature_of_a_url_is_in_no_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": IMAGES}), tmp_path / "cells.parquet")
+    with serve(Site({"/cells.parquet": (tmp_path / "cells.parquet").read_bytes()})) as site:
+        listing = list_archive(open_archive(f"{site.url}/cells.parquet?X-Amz-Signature=SECRET"))
+        assert listing["image_id"].to_pylist() == [f"cells/{i:08d}" for i in range(N)]
+        assert list(read_files(listing)) == IMAGES
 
 
 def test_row_without_bytes_is_a_row_with_its_reason(tmp_path: Path) -> None:

@@ -95,6 +95,51 @@ def test_label_and_patient_of_a_sample(tmp_path: Path, case: str) -> None:
     assert (row["label"], row["patient_id"]) == expected
 
 
+DOTTED = {
+    "one after the other": ("s.1.png", "s.1.cls", "s.2.png", "s.2.cls"),
+    "images first": ("s.1.png", "s.2.png", "s.2.cls", "s.1.cls"),
+    "in a folder with a dot": ("v1.0/s.1.png", "v1.0/s.1.cls", "v1.0/s.2.png", "v1.0/s.2.cls"),
+}
+
+
+@pytest.mark.parametrize("case", DOTTED)
+def test_sidecar_of_a_name_with_dots_is_of_that_file_alone(tmp_path: Path, case: str) -> None:
+    """Up to the first dot both images have one name: the last sidecar file's label became that of both."""
+    said = {"1.cls": b"1", "2.cls": b"0"}
+    files = {name: said.get(name[-5:]) or samples.noise(int(name[-5])) for name in DOTTED[case]}
+    (tmp_path / "cells.tar").write_bytes(tar_of(files))
+    labels = {row["image_id"][-5:]: row["label"] for row in listed(tmp_path / "cells.tar")}
+    assert labels == {"1.png": 1, "2.png": 0}
+
+
+def test_sidecar_of_a_shorter_name_is_of_a_single_image_alone(tmp_path: Path) -> None:
+    files = {"a.left.png": PNG, "a.cls": b"1", "b.left.png": OTHER, "b.right.png": samples.noise(3), "b.cls": b"1"}
+    (tmp_path / "cells.tar").write_bytes(tar_of(files))
+    labels = {row["image_id"]: row["label"] for row in listed(tmp_path / "cells.tar")}
+    assert labels == {"a.left.png": 1, "b.left.png": None, "b.right.png": None, "b.cls": None}
+
+
+AGREEING = {"k.png": PNG, "k.cls": b"1", "k.json": b'{"label": "parasitized", "patient_id": 7}', "k.more.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"k.more.json": b'{"label": 1, "patient_id": "7"}'}, None),
+        ({"k.cls": b"0"}, "k.json gives k.png the label 1, another file 0; correct one or leave it out"),
+        ({"k.more.json": b'{"patient_id": "8"}'}, "k.more.json gives k.png the patient '8', another file '7'; correct"),
+    ],
+)
+def test_sidecars_of_one_image_must_agree(tmp_path: Path, other: dict[str, bytes], said: str | None) -> None:
+    (tmp_path / "cells.tar").write_bytes(tar_of(AGREEING | other))
+    if said is None:
+        (row,) = listed(tmp_path / "cells.tar")
+        assert (row["image_id"], row["label"], row["patient_id"]) == ("k.png", 1, "7")
+        return
+    with pytest.raises(ArchiveError, match=said):
+        listed(tmp_path / "cells.tar")
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from cluster.bed import bed
+from cluster.bed import ROOT, bed
+
+
+def test_down_removes_what_a_failed_up_left_and_no_other_folder(network: None, tmp_path: Path):
+    folder = tmp_path / f"mrt6-{os.getpid()}"
+    environment = {**os.environ, "BED": str(folder), "PYTHON": "/bin/false"}
+
+    def script(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([ROOT / "cluster/local.sh", command], env=environment, capture_output=True, text=True)
+
+    assert script("up").returncode != 0
+    assert folder.exists()
+    assert script("down").returncode == 0
+    assert not folder.exists()
+    spaces = [folder.name, f"{folder.name}-0"]
+    for space in spaces:  # of a bed whose folder was deleted
+        subprocess.run(["ip", "netns", "add", space], check=True)
+    with subprocess.Popen(["ip", "netns", "exec", spaces[1], "sleep", "600"]) as node:
+        done = script("down")
+        node.kill()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not set(spaces) & set(printed("ip", "netns", "list").split())
+    (folder / "mine").mkdir(parents=True)
+    assert f"{folder} is no test bed" in script("down").stderr
+    assert (folder / "mine").exists()
 
 
 def printed(*command: str) -> str:
