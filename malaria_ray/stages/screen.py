@@ -484,7 +484,7 @@ def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
     storage.write_table(work / "retried.parquet", retried)
     check_same_listing(work, _without_retried(listing, work))
     storage.remove(results / outputs.SUCCESS)
-    for name in ("metrics", "patients", "report"):  # made from the predictions that were
+    for name in ("metrics", "patients", "differences", "report"):  # made from the predictions that were
         if (results / name).exists():
             log.info("%s told of the predictions before and is removed; make it again", results / name)
             storage.remove(results / name)

@@ -109,7 +109,9 @@ def _distance(features: Features, means: Features, whitening: Features) -> Featu
     found = np.empty(len(features), np.float32)
     for start in range(0, len(features), _AT_ONCE):
         rows = features[start : start + _AT_ONCE]
-        squares = [np.square((rows - mean) @ whitening).mean(axis=1) for mean in means]
+        # A product for each row: BLAS adds up in another order where a matrix has another height, and the last digit of
+        # an image's distance would hang on its neighbours.
+        squares = [np.square((rows - mean)[:, None, :] @ whitening).mean(axis=(1, 2)) for mean in means]
         found[start : start + _AT_ONCE] = np.sqrt(np.min(squares, axis=0))
     return found
 

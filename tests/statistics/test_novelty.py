@@ -122,3 +122,12 @@ def test_features_that_cannot_be_used_are_named(
 def test_features_of_another_model_are_refused() -> None:
     with pytest.raises(ModelError, match="features have 3 numbers, those of the training set had 16"):
         fitted().distance(np.zeros((1, 3)))
+
+
+def test_the_distance_of_an_image_does_not_hang_on_its_neighbours():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(400, 512)).astype(np.float32)
+    novelty = fit_novelty(features, random.integers(0, 2, 400), features[:50])
+    together = novelty.distance(features)
+    for start, n in ((0, 1), (3, 5), (100, 60), (101, 64), (7, 237)):
+        np.testing.assert_array_equal(novelty.distance(features[start : start + n]), together[start : start + n])
