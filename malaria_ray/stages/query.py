@@ -90,7 +90,7 @@ def run(config: Config) -> None:
     try:
         answer = connection.sql(config.sql)
         if config.format == "table":
-            _print_table(answer, config.max_rows)
+            _print_table(connection.sql("FROM answer"), config.max_rows)  # names columns as _write does
         else:
             _write(connection, answer, config.format, config.output)
     except duckdb.Error as error:
@@ -114,8 +114,9 @@ def _print_table(answer: duckdb.DuckDBPyRelation, max_rows: int) -> None:
         table.add_column(escape(printable(name)), overflow="fold")  # an id that is cut cannot be searched for
     n_rows = 0
     for batch in answer.to_arrow_reader(max(max_rows, 10_000)):
-        for row in batch.slice(0, max(0, max_rows - n_rows)).to_pylist():
-            table.add_row(*(Text(_shown(value)) for value in row.values()))
+        shown = batch.slice(0, max(0, max_rows - n_rows))
+        for row in zip(*(column.to_pylist() for column in shown.columns), strict=True):
+            table.add_row(*(Text(_shown(value)) for value in row))
         n_rows += batch.num_rows
     out = console()
     out.print(table)

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import duckdb
@@ -266,6 +266,22 @@ def test_a_table_shows_ids_whole_and_says_what_it_leaves_out(two: tuple[str, str
     out = capsys.readouterr().out
     assert "3 of 240 rows" in out
     assert sorted(predictions_of(two[0])["image_id"])[2] in out
+
+
+def test_columns_of_one_name_are_told_apart_in_the_table_as_in_files(two: tuple[str, str], capfd):
+    sql = (
+        "SELECT first.score, other.score, first.label, first.image_id FROM predictions AS first JOIN predictions AS "
+        "other USING (image_id) WHERE first.results <> other.results ORDER BY ALL LIMIT 1"
+    )
+    query.run(query.Config(results_and_sql=(*two, sql), format="csv"))
+    sys.stdout.flush()
+    written = pd.read_csv(StringIO(capfd.readouterr().out))
+    assert written.columns.tolist() == ["score", "score_1", "label", "image_id"]
+    query.run(query.Config(results_and_sql=(*two, sql)))
+    heading, row = (re.findall(r"[\w./]+", text) for text in capfd.readouterr().out.splitlines()[1:4:2])
+    assert heading == written.columns.tolist()
+    assert [float(value) for value in row[:3]] == pytest.approx(written.iloc[0, :3].tolist(), abs=1e-5)
+    assert row[3] == written["image_id"][0]
 
 
 def test_hostile_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
