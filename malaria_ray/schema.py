@@ -319,15 +319,16 @@ CURVES = Table(
 
 PATIENTS = Table(
     "patients",
-    "one row per patient. A class-balanced crop archive gives no parasitaemia: fractions are of its crops",
+    "one row per patient and split. A class-balanced crop archive gives no parasitaemia: fractions are of its crops",
     (
         PATIENT_ID,
         Column(
             "label",
             pa.int8(),
-            "1 where any crop of the patient is labelled parasitized, 0 where none; null unlabelled",
+            "of the patient, the same in all splits: 1 where any crop here or in the run's data set is labelled "
+            "parasitized, 0 where all here are labelled uninfected; else null, also where none here has a label",
         ),
-        Column("n_cells", pa.int64(), "scored crops of the patient"),
+        Column("n_cells", pa.int64(), "scored crops of the patient in this split"),
         Column("n_parasitized", pa.int64(), "of them, called parasitized"),
         Column("parasitized_fraction", pa.float64(), "n_parasitized / n_cells; not parasitaemia"),
         Column("ci_low", pa.float64(), "lower end of its 95 % Wilson interval"),
@@ -366,6 +367,7 @@ PATIENTS = Table(
             "cells that an undecided patient needs on top, should they be called as those before; 0 where decided, "
             "null where no number in reason decides",
         ),
+        Column("split", pa.string(), "as in metrics: what the model knows of these crops"),
     ),
 )
 

@@ -113,6 +113,7 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
 
 def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[str, storage.FileRecord]:
     predictions = storage.read_table(results / "predictions").to_pandas()
+    predictions["split"] = split_of(predictions, results)
     threshold = float(success["threshold"])
     validation = _validation(results)
     patients = pd.DataFrame(columns=PATIENTS.names)
@@ -122,14 +123,16 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
             predictions["label"],
             predictions["score"],
             threshold=threshold,
+            split=predictions["split"],
+            parasitized=_parasitized(results),
             rates=validation.rates if validation else None,
         )
     rows: list[dict[str, Any]] = []
     curves: list[pd.DataFrame] = []
-    labelled = predictions[predictions["label"].notna()]
-    for split, cells in labelled.groupby(split_of(labelled, results)):
-        rows += _metric_rows(cells, str(split), threshold=threshold, config=config, validation=validation)
-        curves.append(_curves(cells).assign(split=str(split)))
+    for split, cells in predictions[predictions["label"].notna()].groupby("split"):
+        of_split = patients[(patients["split"] == split) & patients["label"].notna()]
+        rows += _metric_rows(cells, of_split, str(split), threshold=threshold, config=config)
+        curves.append(_curves(cells).assign(split=split))
     made: list[tuple[Table, pd.DataFrame]] = [
         (METRICS, pd.DataFrame(rows, columns=METRICS.names).assign(model=success["model"])),
         (CURVES, pd.concat([pd.DataFrame(columns=CURVES.names), *curves]).assign(model=success["model"])),
@@ -143,6 +146,12 @@ def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[s
         written = pa.Table.from_pandas(frame[table.names], schema=table.arrow_schema(), preserve_index=False)
         files |= outputs.write_table(results, f"{table.name}/{storage.part_name(0)}", written, stage="screen")
     return files
+
+
+def _parasitized(results: UPath) -> set[str]:
+    """The patients with a parasitized cell in the run's data set; their cells here may all be uninfected."""
+    splits = storage.read_table(results / "model" / "splits.parquet", columns=["patient_id", "label"]).to_pandas()
+    return set(splits.loc[splits["label"] == Label.parasitized, "patient_id"].dropna())
 
 
 def _validation(results: UPath) -> Validation | None:
@@ -173,6 +182,7 @@ def _curves(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _review(predictions: pd.DataFrame, patients: pd.DataFrame, validation: Validation) -> pd.DataFrame:
     """The review table, the first to look at first; scores and calls as they stand in the predictions."""
+    calls = predictions[["patient_id", "split"]].merge(patients, on=["patient_id", "split"], how="left")["call"]
     table = review(
         predictions["image_id"],
         predictions["raw_score"],
@@ -180,7 +190,7 @@ def _review(predictions: pd.DataFrame, patients: pd.DataFrame, validation: Valid
         quality_flags=predictions["quality_flags"].tolist(),
         is_novel=predictions["novelty"] > 1,
         patient_id=predictions["patient_id"],
-        patient_calls=patients.set_index("patient_id")["call"],
+        patient_call=calls,
     )
     table = table.assign(score=predictions["score"], predicted_label=predictions["predicted_label"])
     return table.sort_values(["rank", "image_id"], na_position="last")
@@ -205,9 +215,11 @@ def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
 
 
 def _metric_rows(
-    cells: pd.DataFrame, split: str, *, threshold: float, config: Config, validation: Validation | None
+    cells: pd.DataFrame, patients: pd.DataFrame, split: str, *, threshold: float, config: Config
 ) -> list[dict[str, Any]]:
-    """Rows of the metrics table for one split, by cell and by patient; the model's name is added by the caller."""
+    """Rows of the metrics table for the labelled cells and patients of one split; the model's name is added by the
+    caller.
+    """
     label, score = cells["label"].to_numpy(np.int64), cells["score"].to_numpy(np.float32)
     values = cell_metrics(label, score, threshold=threshold)
     intervals = bootstrap_over_patients(
@@ -219,8 +231,6 @@ def _metric_rows(
         seed=config.seed,
     )
     rows = _rows(values, intervals, split=split, level="cell", n=len(cells), threshold=threshold)
-    rates = validation.rates if validation else None
-    patients = patient_counts(cells["patient_id"], cells["label"], cells["score"], threshold=threshold, rates=rates)
     if patients.empty:
         return rows
     of_patients = patient_metrics(patients)
@@ -233,7 +243,7 @@ def _metric_rows(
         seed=config.seed,
     )
     ranked = {name: intervals[name] for name in ("roc_auc", "average_precision")}
-    if rates is not None:
+    if patients["call"].notna().any():
         of_patients |= call_metrics(patients)
     for name, value in of_patients.items():
         n = int(of_patients["n_patients_uninfected"]) if name.startswith("false_positive_rate") else len(patients)
@@ -279,14 +289,22 @@ def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[s
         out.print(_metrics_table(cells, splits, success))
     for split in [split for split in splits if split in (Split.test, UNSEEN)] or splits[-1:]:
         out.print(_classification_report(cells[cells["split"] == split].set_index("metric")["value"], split))
-    calls = patients["call"].value_counts()
-    said = ", ".join(f"{call} {calls.get(call, 0):,}" for call in Call)
-    called = ""
-    if len(patients):
-        called = f" (called {said})" if len(calls) else ": none is called, the run's rates of error are not known"
-    out.print(
-        f"{len(patients):,} patients in patients/{called}; their parasitized fraction is no parasitaemia. "
-        f"{RESEARCH_ONLY}"
+    out.print(f"{_patients_line(patients)}; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}")
+
+
+def _patients_line(patients: pd.DataFrame) -> str:
+    """How many patients there are and what they are called, by what the model knows of their cells."""
+    of_each = []
+    for split in (*Split, UNSEEN):
+        calls = patients.loc[patients["split"] == split, "call"]
+        if len(calls):
+            said = ", ".join(f"{call} {(calls == call).sum():,}" for call in Call)
+            of_each.append(f"{len(calls):,} {split}" + (f" (called {said})" if calls.notna().any() else ""))
+    unknown = len(patients) and patients["call"].isna().all()
+    return (
+        f"{patients['patient_id'].nunique():,} patients in patients/"
+        + (f", by split: {', '.join(of_each)}" if of_each else "")
+        + ("; none is called, the run's rates of error are not known" if unknown else "")
     )
 
 

@@ -8,6 +8,7 @@ fraction by whoever chose the crops.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,21 @@ def patient_counts(
     score: ArrayLike,
     *,
     threshold: float,
+    split: ArrayLike | None = None,
+    parasitized: Collection[str] = (),
     confidence: float = 0.95,
     rates: ErrorRates | None = None,
     patient_specificity: float = calls.PATIENT_SPECIFICITY,
 ) -> pd.DataFrame:
-    """The columns of `schema.PATIENTS`, one row per patient, sorted by patient_id.
+    """The columns of `schema.PATIENTS`, one row per patient and split, sorted by both.
 
-    patient_id  (n,) of strings; cells without one (null) are left out
-    label       (n,) of 0, 1 or null. A patient is 1 with any cell of 1, 0 where all are 0, else null
-    score       (n,) float32 or float64 in 0..1; a cell is called parasitized where `score >= threshold`
+    patient_id   (n,) of strings; cells without one (null) are left out
+    label        (n,) of 0, 1 or null. A patient is 1 with any cell of 1 in any split, 0 where all are 0, else null
+    score        (n,) float32 or float64 in 0..1; a cell is called parasitized where `score >= threshold`
+    split        (n,) of strings; without, the cells are of one split and its column is null
+    parasitized  patients with a cell of 1 that is not among these: they are 1, but for those without any label here
 
-    `ci_low` and `ci_high` are Wilson's interval of `parasitized_fraction`, for the crops of this patient
+    `ci_low` and `ci_high` are Wilson's interval of `parasitized_fraction`, for the crops of this row
     alone. The columns after them are of `statistics.calls`, from the model's `rates` of error at the same threshold,
     and null without: fractions corrected for them, the call at `patient_specificity`, the limit of detection.
 
@@ -54,21 +59,30 @@ def patient_counts(
     labels = check_labels(label, nullable=True)
     codes, ids = patient_codes(patient_id)
     check_lengths(patient_id=len(codes), label=len(labels), score=len(scores))
-    called = called_parasitized(scores, threshold)
+    split_of_cell = np.full(len(scores), None, dtype=object) if split is None else np.asarray(split, dtype=object)
+    check_lengths(score=len(scores), split=len(split_of_cell))
+    split_codes, splits = pd.factorize(split_of_cell, sort=True, use_na_sentinel=False)
+
+    has_patient = codes >= 0
 
     def per_patient(cells: np.ndarray) -> np.ndarray:
-        return np.bincount(codes[cells & (codes >= 0)], minlength=len(ids))
+        return np.bincount(codes[cells & has_patient], minlength=len(ids))
 
-    n_cells = per_patient(np.ones(len(codes), dtype=bool))
-    n_parasitized = per_patient(called)
-    any_unlabelled = per_patient(np.isnan(labels)) > 0
-    unless_parasitized = np.where(any_unlabelled, np.nan, float(Label.uninfected))
-    patient_label = np.where(per_patient(labels == Label.parasitized) > 0, Label.parasitized, unless_parasitized)
+    n_labelled = per_patient(~np.isnan(labels))
+    is_parasitized = per_patient(labels == Label.parasitized) > 0
+    is_parasitized |= (n_labelled > 0) & pd.Index(ids).isin(list(parasitized))
+    unless_parasitized = np.where(n_labelled < per_patient(has_patient), np.nan, float(Label.uninfected))
+    patient_label = np.where(is_parasitized, float(Label.parasitized), unless_parasitized)
+
+    rows, row = np.unique((codes * len(splits) + split_codes)[has_patient], return_inverse=True)
+    patient_of_row, split_of_row = np.divmod(rows, len(splits))
+    n_cells = np.bincount(row, minlength=len(rows))
+    n_parasitized = np.bincount(row[called_parasitized(scores, threshold)[has_patient]], minlength=len(rows))
     ci_low, ci_high = wilson(n_parasitized, n_cells, confidence)
     table = pd.DataFrame(
         {
-            "patient_id": ids,
-            "label": pd.Series(patient_label).astype("Int8"),
+            "patient_id": ids[patient_of_row],
+            "label": pd.Series(patient_label[patient_of_row]).astype("Int8"),
             "n_cells": n_cells,
             "n_parasitized": n_parasitized,
             "parasitized_fraction": n_parasitized / n_cells,
@@ -76,7 +90,8 @@ def patient_counts(
             "ci_high": ci_high,
         }
     )
-    return table.assign(**_corrected(table, threshold, rates, patient_specificity, confidence))
+    table = table.assign(**_corrected(table, threshold, rates, patient_specificity, confidence))
+    return table.assign(split=splits[split_of_row])
 
 
 def _corrected(
@@ -109,7 +124,8 @@ def _corrected(
 
 
 def call_metrics(patients: pd.DataFrame) -> dict[str, float]:
-    """How the calls of labelled patients fit their labels, from a table of `patient_counts` with rates of error.
+    """How the calls of labelled patients fit their labels, from rows of `patient_counts` of one split, with rates of
+    error.
 
     `sensitivity` is the share of parasitized patients called positive, `specificity` that of uninfected patients not
     called positive; an undecided patient is thus missed by the one and not accused by the other, and
@@ -126,7 +142,7 @@ def call_metrics(patients: pd.DataFrame) -> dict[str, float]:
 
 
 def patient_metrics(patients: pd.DataFrame) -> dict[str, float]:
-    """How well `parasitized_fraction` tells labelled patients apart, from a table of `patient_counts`.
+    """How well `parasitized_fraction` tells labelled patients apart, from rows of `patient_counts` of one split.
 
     `n_patients_parasitized` and `n_patients_uninfected` count the patients with a label; `roc_auc` and
     `average_precision` take the fraction as the score of a patient. An uninfected patient's fraction is that

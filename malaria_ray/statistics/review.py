@@ -50,7 +50,7 @@ def review(
     quality_flags: Sequence[Sequence[str]] | None = None,
     is_novel: ArrayLike | None = None,
     patient_id: ArrayLike | None = None,
-    patient_calls: pd.Series | None = None,
+    patient_call: ArrayLike | None = None,
     uncertain: float = UNCERTAIN,
 ) -> pd.DataFrame:
     """The columns of `schema.REVIEW`, one row per image in the order given; what is not known is left out (None).
@@ -59,8 +59,8 @@ def review(
     score          (n,) in 0..1, as the model gives it
     quality_flags  n lists, as `cells.quality.flags` makes them
     is_novel       (n,) bool: farther from the training set than `Novelty.threshold`
-    patient_id     (n,) of strings or null; needed for `patient_calls`
-    patient_calls  `Call` by patient_id (index), as in `schema.PATIENTS`
+    patient_id     (n,) of strings or null
+    patient_call   (n,) of `Call` or null: of the image's patient, by the cells of the image's split
     uncertain      least uncertainty that asks for a look, in 0..1
 
     `rank` is 1 for the image to look at first and null where nothing asks for a look; equal values go by uncertainty,
@@ -74,12 +74,19 @@ def review(
     patients = np.full(n, None, dtype=object) if patient_id is None else np.asarray(patient_id, dtype=object)
     flags = [()] * n if quality_flags is None else quality_flags
     novel = np.zeros(n, bool) if is_novel is None else np.asarray(is_novel, dtype=bool)
-    check_lengths(image_id=len(names), score=n, patient_id=len(patients), quality_flags=len(flags), is_novel=len(novel))
+    calls = np.full(n, None, dtype=object) if patient_call is None else np.asarray(patient_call, dtype=object)
+    check_lengths(
+        image_id=len(names),
+        score=n,
+        patient_id=len(patients),
+        patient_call=len(calls),
+        quality_flags=len(flags),
+        is_novel=len(novel),
+    )
 
     doubt = uncertainty(scores, calibration)
     called = called_parasitized(scores, calibration.threshold)
-    calls = pd.Series(dtype=object) if patient_calls is None else patient_calls
-    of_undecided = pd.Series(patients).map(calls.to_dict()).to_numpy() == Call.undecided
+    of_undecided = calls == Call.undecided
     applies = {
         ReviewReason.undecided_patient: of_undecided & called,
         ReviewReason.uncertain: doubt >= uncertain,

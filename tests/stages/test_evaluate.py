@@ -58,6 +58,37 @@ def test_patients_are_counted(evaluated: Path):
     assert patients["label"].tolist() == by_patient["label"].max().tolist()
 
 
+def test_a_patients_label_is_that_of_all_its_cells_whatever_split_is_looked_at(tmp_path: Path):
+    # P1, P3 … are infected; by image, many of them have no parasitized cell in the test split.
+    of = cells_of(400, n_patients=40).assign(
+        split=lambda cells: np.resize(["train", "val", "train", "test"], len(cells))
+    )
+    is_infected = of.groupby("patient_id")["label"].max()
+    in_test = of[of["split"] == "test"]
+    looks_uninfected = in_test.groupby("patient_id")["label"].max() == 0
+    assert (looks_uninfected & (is_infected[looks_uninfected.index] == 1)).any()
+    results = write_results(tmp_path / "results", of, has_images=False, has_validation=True)
+    (part,) = (results / "predictions").iterdir()
+    written = pq.read_table(part)
+    for screened in ("all", "test"):
+        is_screened = [screened == "all" or split == "test" for split in of["split"]]
+        pq.write_table(written.filter(is_screened), part)
+        (results / "metrics" / "_SUCCESS.json").unlink(missing_ok=True)
+        evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+        patients = pq.read_table(results / "patients").to_pandas()
+        assert patients["label"].tolist() == is_infected[patients["patient_id"]].tolist()
+        metrics = pq.read_table(results / "metrics").to_pandas().query("level == 'patient' and split == 'test'")
+        value, n = (metrics.set_index("metric")[name] for name in ("value", "n"))
+        fraction = in_test.assign(called=in_test["score"] >= 0.5).groupby("patient_id")["called"].mean()
+        of_uninfected = fraction[is_infected[fraction.index] == 0]
+        assert value["n_patients_uninfected"] == n["false_positive_rate_max"] == len(of_uninfected)
+        assert value["n_patients_parasitized"] == len(fraction) - len(of_uninfected)
+        assert value["false_positive_rate_max"] == pytest.approx(of_uninfected.max())
+        assert value["roc_auc"] == pytest.approx(roc_auc_score(is_infected[fraction.index], fraction))
+        called = patients[patients["split"] == "test"].set_index("patient_id")["call"] == Call.positive
+        assert value["specificity"] == pytest.approx(1 - called[of_uninfected.index].mean())
+
+
 def two_models(folder: Path) -> tuple[Path, Path]:
     """Results of two models on the same 400 labelled cells of 40 patients; the second errs more."""
     good = cells_of(400, n_patients=40)

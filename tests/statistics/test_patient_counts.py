@@ -81,6 +81,35 @@ def test_counts_equal_a_recount(cells: list[tuple[str | None, int | None, int]])
         assert row.ci_low <= row.parasitized_fraction <= row.ci_high
 
 
+def test_a_patient_has_one_label_in_all_splits_and_counts_of_each() -> None:
+    cells = pd.DataFrame(
+        [
+            ("P1", "train", 1, 0.9),
+            ("P1", "test", 0, 0.6),  # uninfected cells of an infected patient
+            ("P1", "test", 0, 0.2),
+            ("P2", "test", 0, 0.1),  # infected by a cell that is not here
+            ("P3", "test", None, 0.9),  # so is P3, of which nothing here has a label
+            ("C1", "val", 0, 0.1),
+            ("C1", "test", None, 0.1),
+        ],
+        columns=["patient_id", "split", "label", "score"],
+    )
+    table = patient_counts(
+        cells["patient_id"],
+        cells["label"],
+        cells["score"],
+        threshold=0.5,
+        split=cells["split"],
+        parasitized={"P2", "P3", "P9"},
+    )
+    assert table[["patient_id", "split"]].agg(" ".join, axis=1).tolist() == [
+        *("C1 test", "C1 val", "P1 test", "P1 train", "P2 test", "P3 test")
+    ]
+    assert table["label"].fillna(-1).tolist() == [-1, -1, 1, 1, 1, -1]
+    assert table["n_cells"].tolist() == [1, 1, 2, 1, 1, 1]
+    assert table["n_parasitized"].tolist() == [0, 0, 1, 1, 0, 1]
+
+
 def test_counts_do_not_depend_on_row_order() -> None:
     pd.testing.assert_frame_equal(counts(CELLS), counts(CELLS[::-1]))
 

@@ -43,7 +43,7 @@ def reviewed(images: pd.DataFrame = IMAGES) -> pd.DataFrame:
         quality_flags=images["quality_flags"].tolist(),
         is_novel=images["is_novel"],
         patient_id=images["patient_id"],
-        patient_calls=CALLS,
+        patient_call=images["patient_id"].map(CALLS),
     )
 
 
