@@ -34,16 +34,10 @@ MEAN = "mean"
 _N_SHOWN = 10
 _SHOWN = ("accuracy", "sensitivity", "specificity", "roc_auc", "average_precision")
 
-# Bytes that a run was trained on, or chose its best epoch, temperature and threshold by, are left out under any name,
-# also where the name is in another split.
 _OUT_OF_FOLD = """
-    SELECT image_id, content_digest, patient_id, label, score, run_id, results,
-           EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split = 'train'
-                   AND splits.patient_id = cells.patient_id) AS knows_patient
+    SELECT image_id, content_digest, patient_id, label, score, run_id, results, knows_patient
     FROM cells
     WHERE label IS NOT NULL AND split NOT IN ('train', 'val')
-    AND NOT EXISTS (FROM splits WHERE splits.results = cells.results AND splits.split IN ('train', 'val')
-                    AND splits.content_digest = cells.content_digest)
     ORDER BY image_id, content_digest, results
 """
 
@@ -187,8 +181,8 @@ def _print_report(path: UPath, success: dict[str, Any]) -> None:
     )
     if known := counts["n_scores_of_known_patients"]:
         out.print(
-            f"{known:,} of {counts['n_scores']:,} scores are of runs that were trained on other images of the patient "
-            "(split by image); scores of runs split by patient say more.",
+            f"{known:,} of {counts['n_scores']:,} scores are of runs that were trained or tuned on other images of the "
+            "patient (split by image, or new images of a known patient); scores of patients new to the run say more.",
             soft_wrap=True,
         )
     out.print(RESEARCH_ONLY)

@@ -15,13 +15,13 @@ from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
-from malaria_ray.errors import ConfigError, DatasetError
+from malaria_ray.errors import ConfigError, DatasetError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.provenance import code_digest
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
-from malaria_ray.stages.views import connect, open_results
+from malaria_ray.stages.views import Results, absent_views, connect, known_patients_line, open_results
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
 from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
@@ -54,10 +54,12 @@ class Config:
 
 def run(config: Config) -> None:
     """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there
-    already by the same code.
+    already by the same code. Raises: `DirectoryError` where a table that screening writes is missing.
     """
-    results = storage.locate(config.results)
-    success = outputs.check_complete(results, "screen")
+    (opened,) = open_results([config.results])
+    results, success, absent = opened.path, opened.success, absent_views([opened])
+    if (missing := absent.get("splits") or absent.get("predictions")) is not None:
+        raise DirectoryError(missing)
     marker = results / "metrics" / outputs.SUCCESS
     identity = {
         "predictions": {
@@ -72,12 +74,15 @@ def run(config: Config) -> None:
         log.info("%s is evaluated; nothing to do", results)
     else:
         storage.remove(marker)
-        files = _evaluate(config, results, success)
+        files = _evaluate(config, opened)
         storage.write_json(marker, {"identity": identity, "files": files})
+    with connect([opened]) as connection:
+        notice = known_patients_line(connection, opened)
     _print_report(
         storage.read_table(results / "metrics").to_pandas(),
         storage.read_table(results / "patients").to_pandas(),
         success,
+        notice=notice,
     )
     if config.against is not None:
         _compare(config, results)
@@ -111,9 +116,12 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
     )[DIFFERENCES.names]
 
 
-def _evaluate(config: Config, results: UPath, success: dict[str, Any]) -> dict[str, storage.FileRecord]:
+def _evaluate(config: Config, opened: Results) -> dict[str, storage.FileRecord]:
+    results, success = opened.path, opened.success
     predictions = storage.read_table(results / "predictions").to_pandas()
-    predictions["split"] = split_of(predictions, results)
+    with connect([opened]) as connection:
+        known = connection.sql("SELECT image_id, split FROM cells").df().set_index("image_id")
+    predictions["split"] = predictions["image_id"].map(known["split"])
     threshold = float(success["threshold"])
     validation = _validation(results)
     patients = pd.DataFrame(columns=PATIENTS.names)
@@ -196,24 +204,6 @@ def _review(predictions: pd.DataFrame, patients: pd.DataFrame, validation: Valid
     return table.sort_values(["rank", "image_id"], na_position="last")
 
 
-def split_of(predictions: pd.DataFrame, results: UPath) -> pd.Series:
-    """Split of each prediction in the run that scored it: train, val, test, or `unseen`.
-
-    Images are recognised by their content, so a folder and a zip of the same files are the same images. Bytes that
-    stand in several
-    splits count by their name, else as the split that the model saw most of: train before val before test.
-    """
-    splits = storage.read_table(results / "model" / "splits.parquet", columns=["image_id", "content_digest", "split"])
-    known = splits.to_pandas().assign(
-        order=lambda table: table["split"].map({split.value: i for i, split in enumerate(Split)})
-    )
-    by_digest = known.sort_values("order").drop_duplicates("content_digest").set_index("content_digest")["split"]
-    by_both = known.set_index(["image_id", "content_digest"])["split"]
-    both = pd.MultiIndex.from_frame(predictions[["image_id", "content_digest"]])
-    found = pd.Series(by_both.reindex(both).to_numpy(), index=predictions.index)
-    return found.fillna(predictions["content_digest"].map(by_digest)).fillna(UNSEEN).rename("split")
-
-
 def _metric_rows(
     cells: pd.DataFrame, patients: pd.DataFrame, split: str, *, threshold: float, config: Config
 ) -> list[dict[str, Any]]:
@@ -278,7 +268,9 @@ def _or_null(value: float) -> float | None:
 _SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "f1_weighted", "roc_auc")
 
 
-def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[str, Any]) -> None:
+def _print_report(
+    metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[str, Any], *, notice: str | None
+) -> None:
     """What the article prints, by split: metrics, the classification report and the confusion matrix."""
     out = console()
     cells = metrics[metrics["level"] == "cell"]
@@ -289,6 +281,8 @@ def _print_report(metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[s
         out.print(_metrics_table(cells, splits, success))
     for split in [split for split in splits if split in (Split.test, UNSEEN)] or splits[-1:]:
         out.print(_classification_report(cells[cells["split"] == split].set_index("metric")["value"], split))
+    if notice is not None:
+        out.print(notice, soft_wrap=True)
     out.print(f"{_patients_line(patients)}; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -192,11 +193,15 @@ def _of_epochs(history: pd.DataFrame, column: str, name: str, style: str) -> Ser
     return Series(name=name, x=x, y=y, style=style, has_dots=True, notes=notes)
 
 
-def of_patients(connection: duckdb.DuckDBPyConnection) -> Figure | None:
-    """Each patient's parasitized fraction with its interval, from the lowest to the highest; at most 200 of them."""
+def of_patients(connection: duckdb.DuckDBPyConnection, *, splits: Sequence[str]) -> Figure | None:
+    """Each patient's parasitized fraction with its interval, from the lowest to the highest; of the first of `splits`
+    that has patients, at most 200 of them.
+    """
     patients = connection.execute("SELECT * FROM patients ORDER BY parasitized_fraction, patient_id").df()
-    if patients.empty:
+    split = next((split for split in splits if patients["split"].eq(split).any()), None)
+    if split is None:
         return None
+    patients = patients[patients["split"] == split]
     n = len(patients)
     shown = patients.iloc[np.unique(np.linspace(0, n - 1, min(n, _MAX_PATIENTS)).round().astype(int))]
     shown = shown.assign(place=np.arange(1, len(shown) + 1))
@@ -221,10 +226,11 @@ def of_patients(connection: duckdb.DuckDBPyConnection) -> Figure | None:
                     ],
                 )
             )
-    of = f"{n:,} patients" if len(shown) == n else f"{len(shown)} of {n:,} patients, evenly chosen"
+    of = f"{n:,} patients" if len(shown) == n else f"{len(shown)} of {n:,} patients, evenly chosen,"
     words = (
-        f"{of}, from the lowest to the highest share of cells called parasitized, with 95 % Wilson intervals. "
-        f"The median patient has {patients['parasitized_fraction'].median():.3f}. It is no parasitaemia."
+        f"{of} by their cells of the {split} split, from the lowest to the highest share called parasitized, with "
+        f"95 % Wilson intervals. The median patient has {patients['parasitized_fraction'].median():.3f}. It is no "
+        "parasitaemia."
     )
     chart = line_chart(
         "Parasitized fraction of each patient",

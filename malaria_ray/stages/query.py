@@ -33,7 +33,7 @@ _COPY_OPTIONS = {"csv": "FORMAT csv, HEADER", "json": "FORMAT json, ARRAY true",
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Answers SQL over the tables of results: runs, predictions, quarantine, listing, splits, history, metrics, curves,
-    patients, review, differences, and cells (predictions with split and outcome).
+    patients, review, differences, and cells (predictions with split, outcome, and whether the run knows the patient).
     """
 
     results_and_sql: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULTS [RESULTS …] SQL")] = ()

@@ -21,15 +21,17 @@ from malaria_ray.stages import figures
 from malaria_ray.stages.croissant import croissant
 from malaria_ray.stages.galleries import find_galleries, find_review_galleries, heats, pictures
 from malaria_ray.stages.pages import render, templates_digest
-from malaria_ray.stages.views import Results, absent_views, catalog, connect, open_results
+from malaria_ray.stages.views import Results, absent_views, catalog, connect, known_patients_line, open_results
 
 log = logging.getLogger("malaria_ray")
 
 _MAX_THUMBNAILS = 100
 _MAX_PATIENTS = 20_000  # rows of the patient table: about 1.5 MB
 _MAX_QUARANTINED = 200
-_HELD_OUT = (Split.test, "unseen", Split.val, Split.train)
-"""Which split's cells the curves and galleries show: the first of these that has labels."""
+_HELD_OUT = (Split.test.value, "unseen", Split.val.value, Split.train.value)
+"""Which split's cells the curves and galleries show: the first of these that has labels. Of patients, the first that
+has any.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +126,14 @@ def _page(results: Results, config: Config) -> str:
         reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
         is_evaluated="metrics" not in absent,
         split=split,
+        known_patients=known_patients_line(connection, results),
         data=_data(connection),
         metrics=_metrics(connection) if "metrics" not in absent else {},
         confusion=_confusion(connection, split),
         figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
         learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
         patients=_patients(connection) if "patients" not in absent else None,
-        patients_figure=figures.of_patients(connection) if "patients" not in absent else None,
+        patients_figure=figures.of_patients(connection, splits=_HELD_OUT) if "patients" not in absent else None,
         galleries=galleries,
         images=images,
         without_image=without_image,
@@ -148,7 +151,7 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, **given: Any) -> list
 def _headline_split(connection: duckdb.DuckDBPyConnection) -> str | None:
     """The split to judge the model by; None where no cell has a label."""
     found = {row["split"] for row in _rows(connection, "SELECT DISTINCT split FROM cells WHERE label IS NOT NULL")}
-    return next((str(split) for split in _HELD_OUT if str(split) in found), None)
+    return next((split for split in _HELD_OUT if split in found), None)
 
 
 def _data(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
@@ -203,18 +206,21 @@ def _confusion(connection: duckdb.DuckDBPyConnection, split: str | None) -> dict
 
 
 def _patients(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
-    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval, and the call
-    where any patient has one.
+    """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval, split, and the
+    call where any patient has one.
     """
-    ((n, n_calls),) = connection.execute("SELECT count(*), count(call) FROM patients").fetchall()
+    ((n_rows, n_patients, n_calls),) = connection.execute(
+        "SELECT count(*), count(DISTINCT patient_id), count(call) FROM patients"
+    ).fetchall()
     rows = connection.execute(
         "SELECT patient_id, label, n_cells, n_parasitized, round(parasitized_fraction, 4), round(ci_low, 4), "
-        f"round(ci_high, 4){', call' if n_calls else ''} FROM patients "
-        f"ORDER BY parasitized_fraction DESC, patient_id LIMIT {_MAX_PATIENTS}"
+        f"round(ci_high, 4), split{', call' if n_calls else ''} FROM patients "
+        f"ORDER BY parasitized_fraction DESC, patient_id, split LIMIT {_MAX_PATIENTS}"
     ).fetchall()
     names = {None: "no label"} | {label.value: label.name for label in Label}
     return {
-        "n": n,
+        "n": n_rows,
+        "n_patients": n_patients,
         "has_calls": bool(n_calls),
         "rows": [[printable(patient), names[label], *others] for patient, label, *others in rows],
     }

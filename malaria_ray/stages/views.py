@@ -3,7 +3,8 @@
     runs           one row per results directory: its place among those given, model, threshold, source
     predictions, quarantine, listing, splits, history, metrics, curves, patients, review, differences
                    the tables of schema.py, with the directory's name in a last column `results`
-    cells          predictions with the split that the model knows each image by, the threshold and the outcome
+    cells          predictions with the split that the model knows each image by, whether it knows the patient, the
+                   threshold and the outcome
 
 A view exists where every directory has its table. Files are named one by one and not by a pattern, so that no file
 that happens to lie there is counted, and no directory name is taken for a pattern.
@@ -58,7 +59,8 @@ _CELLS = """\
 CREATE OR REPLACE VIEW cells AS
 SELECT
     predictions.* EXCLUDE (results),
-    coalesce(by_name.split, by_content.split, 'unseen') AS split,
+    coalesce(by_content.split, by_name.split, 'unseen') AS split,
+    known.patient_id IS NOT NULL AS knows_patient,
     runs.threshold,
     CASE
         WHEN predictions.label IS NULL THEN NULL
@@ -68,16 +70,19 @@ SELECT
     results
 FROM predictions
 JOIN runs USING (results)
-LEFT JOIN splits AS by_name
-    ON by_name.results = predictions.results AND by_name.image_id = predictions.image_id
-    AND (by_name.content_digest = predictions.content_digest OR by_name.content_digest IS NULL)
 LEFT JOIN (
     SELECT results, content_digest, arg_min(split, list_position(['train', 'val', 'test'], split)) AS split
     FROM splits WHERE content_digest IS NOT NULL GROUP BY results, content_digest
-) AS by_content ON by_content.results = predictions.results AND by_content.content_digest = predictions.content_digest;
+) AS by_content ON by_content.results = predictions.results AND by_content.content_digest = predictions.content_digest
+LEFT JOIN splits AS by_name
+    ON by_name.results = predictions.results AND by_name.image_id = predictions.image_id
+    AND by_name.content_digest IS NULL
+LEFT JOIN (SELECT DISTINCT results, patient_id FROM splits WHERE split IN ('train', 'val')) AS known
+    ON known.results = predictions.results AND known.patient_id = predictions.patient_id;
 """
-"""The rule for `split` is that of evaluate.split_of: an image is known by name and content, else by content, and
-bytes that stand in several splits count as the one that the model saw most of.
+"""An image is known by its content, under any name: a folder and a zip of the same files are the same images. Bytes
+that stand in several splits count as the one that the model saw most of: none that it was trained or tuned on is held
+out. Splits of an older version have no digests: they know images by name.
 """
 
 
@@ -145,6 +150,26 @@ def catalog(results: Results) -> str:
         "-- In this directory:  duckdb -init catalog.sql\n"
         "-- 'malaria-ray schema' says what each column means; 'malaria-ray query --examples' lists questions.\n\n"
         + _create_views([results], lambda file: file.path.removeprefix(prefix))
+    )
+
+
+def known_patients_line(connection: duckdb.DuckDBPyConnection, results: Results) -> str | None:
+    """How many cells count as held out though the run was trained or tuned on other cells of their patients; None where
+    none does.
+    """
+    found = connection.execute(
+        "SELECT count(*) FILTER (knows_patient), count(*) FROM cells "
+        "WHERE results = $1 AND split NOT IN ('train', 'val')",
+        [results.name],
+    )
+    ((n_known, n_cells),) = found.fetchall()
+    if not n_known:
+        return None
+    split_by = storage.read_json(results.path / "model" / "config.json")["config"]["split_by"]
+    why = ", as the run was split by image" if split_by == "image" else ""
+    return (
+        f"{n_known:,} of {n_cells:,} held-out cells are of patients that the run was trained or tuned on{why}: their "
+        "figures are better than a new patient's would be."
     )
 
 

@@ -15,7 +15,7 @@ from stages.conftest import Line, content
 
 from malaria_ray.errors import DatasetError
 from malaria_ray.schema import DIFFERENCES, METRICS, PATIENTS, Call
-from malaria_ray.stages import evaluate, screen, verify
+from malaria_ray.stages import evaluate, report, screen, verify
 from malaria_ray.stages.views import connect, open_results
 from malaria_ray.statistics.validation import learn_from_validation
 
@@ -87,6 +87,47 @@ def test_a_patients_label_is_that_of_all_its_cells_whatever_split_is_looked_at(t
         assert value["roc_auc"] == pytest.approx(roc_auc_score(is_infected[fraction.index], fraction))
         called = patients[patients["split"] == "test"].set_index("patient_id")["call"] == Call.positive
         assert value["specificity"] == pytest.approx(1 - called[of_uninfected.index].mean())
+
+
+KNOWN = cells_of(240).assign(split=lambda cells: cells["split"].mask(cells.index % 10 == 0))
+"""Cells of 12 patients, of which a tenth are in no split of the run: new cells of patients that it may know."""
+
+
+@pytest.mark.parametrize(
+    ("of", "split_by", "said"),
+    [
+        pytest.param(
+            KNOWN,
+            "patient",
+            "{} of {} held-out cells are of patients that the run was trained or tuned on:",
+            id="new cells",
+        ),
+        pytest.param(
+            KNOWN, "image", "trained or tuned on, as the run was split by image: their figures are", id="by image"
+        ),
+        pytest.param(cells_of(240), "patient", None, id="by patient"),
+        pytest.param(KNOWN.assign(patient_id=None), "patient", None, id="no patients"),
+        pytest.param(cells_of(240).assign(split=None), "image", None, id="new patients"),
+    ],
+)
+def test_held_out_cells_of_patients_that_the_run_knows_are_told(
+    of: pd.DataFrame, split_by: str, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    results = write_results(tmp_path / "results", of, has_images=False)
+    config = results / "model" / "config.json"
+    config.write_text(config.read_text().replace('"split_by": "patient"', f'"split_by": "{split_by}"'))
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    report.run(report.Config(results=str(results)))
+    told = capsys.readouterr().out, (results / "report" / "index.html").read_text(encoding="utf-8")
+    is_held_out = ~of["split"].isin(["train", "val"])
+    known = of.loc[of["split"].isin(["train", "val"]), "patient_id"]
+    n_known = (is_held_out & of["patient_id"].isin(known)).sum()
+    for text in told:
+        assert (said or "").format(n_known, is_held_out.sum()) in text
+        assert ("patients that the run was trained or tuned on" in text) == (said is not None)
+    patients = pq.read_table(results / "patients").to_pandas().groupby("split")["n_cells"].sum()
+    expected = of.assign(split=of["split"].fillna("unseen")).dropna(subset="patient_id").groupby("split").size()
+    assert patients.to_dict() == expected.to_dict()
 
 
 def two_models(folder: Path) -> tuple[Path, Path]:

@@ -144,7 +144,8 @@ def test_drift_is_the_population_stability_index_over_ten_bins(two: tuple[str, s
 
 def test_worst_calibrated_patients_come_first(two: tuple[str, str]):
     answer = ask(two[:1], example="worst-calibrated-patients")
-    table = predictions_of(two[0]).astype({"score": float}).groupby("patient_id")[["score", "label"]].mean()
+    held_out = cells()[cells()["split"] == "test"].astype({"score": float})
+    table = held_out.groupby("patient_id")[["score", "label"]].mean()
     errors = (table["score"] - table["label"]).abs().sort_values(ascending=False)
     assert answer["patient_id"][0] == errors.index[0]
     assert answer["error"].abs().tolist() == pytest.approx(errors.tolist())
@@ -153,10 +154,11 @@ def test_worst_calibrated_patients_come_first(two: tuple[str, str]):
 def test_the_histogram_counts_every_cell_once(two: tuple[str, str]):
     answer = ask(two, example="score-histogram")
     assert answer["n_cells"].sum() == 480
-    one = answer[answer["results"] == "first"]
-    expected = np.histogram(predictions_of(two[0])["score"].astype(float), bins=20, range=(0, 1))[0]
-    assert one["n_cells"].tolist() == [n for n in expected.tolist() if n]
-    assert (one["n_uninfected"] + one["n_parasitized"]).tolist() == one["n_cells"].tolist()
+    for split, of_split in cells().groupby("split"):
+        one = answer[(answer["results"] == "first") & (answer["split"] == split)]
+        expected = np.histogram(of_split["score"].astype(float), bins=20, range=(0, 1))[0]
+        assert one["n_cells"].tolist() == [n for n in expected.tolist() if n]
+        assert (one["n_uninfected"] + one["n_parasitized"]).tolist() == one["n_cells"].tolist()
 
 
 def test_quarantine_and_metrics_are_answered(two: tuple[str, str]):
@@ -196,13 +198,28 @@ def as_predictions(frame: pd.DataFrame) -> pa.Table:
     return pa.Table.from_pandas(frame, schema=PREDICTIONS.arrow_schema(), preserve_index=False)
 
 
-def test_cells_have_the_split_that_evaluate_gives_them(two: tuple[str, str]):
+def test_cells_have_the_split_that_the_run_gave_them(two: tuple[str, str]):
     found = ask(two[:1], sql="SELECT image_id, split, outcome FROM cells").set_index("image_id")
     table = predictions_of(two[0])
-    expected = evaluate.split_of(table, storage.locate(two[0]))
-    assert found["split"][table["image_id"]].tolist() == expected.tolist()
+    assert found["split"].to_dict() == cells().set_index("image_id")["split"].to_dict()
     true_positives = ((table["label"] == 1) & (table["predicted_label"] == 1)).sum()
     assert (found["outcome"] == "true positive").sum() == true_positives
+
+
+def test_bytes_that_the_run_was_trained_or_tuned_on_are_never_held_out(tmp_path: Path):
+    some = cells(6).assign(split=["train", "val", "test", "test", "test", None], patient_id=list("AABBCA"))
+    results = write_results(tmp_path / "results", some, has_images=False)
+    table = predictions_of(str(results))
+    digests = table["content_digest"].tolist()
+    splits = pq.read_table(results / "model/splits.parquet").to_pandas()
+    splits.loc[2, "content_digest"] = digests[0]  # one image stands in training and test
+    pq.write_table(pa.Table.from_pandas(splits), results / "model/splits.parquet")
+    table["content_digest"] = [digests[0], "other bytes", digests[0], digests[3], digests[1], digests[5]]
+    storage.write_table(storage.locate(results / "predictions/part-00000.parquet"), as_predictions(table))
+    found = ask((str(results),), sql="SELECT image_id, split, knows_patient FROM cells").set_index("image_id")
+    found = found.loc[table["image_id"]]
+    assert found["split"].tolist() == ["train", "unseen", "train", "test", "val", "unseen"]
+    assert found["knows_patient"].tolist() == [True, True, False, False, False, True]
 
 
 def test_catalog_gives_plain_duckdb_the_same_tables_wherever_the_directory_is(

@@ -105,8 +105,10 @@ def test_figures_are_those_of_the_tables(made: Path):
     rows = json.loads(re.search(r'id="patients-rows">(.*?)</script>', page_of(made).read_text())[1])
     patients = pq.read_table(made / "patients").to_pandas().set_index("patient_id")
     assert len(rows) == len(patients)
-    for patient, _, n_cells, n_parasitized, *_ in rows:
-        assert (n_cells, n_parasitized) == tuple(patients.loc[patient, ["n_cells", "n_parasitized"]])
+    columns = ["n_cells", "n_parasitized", "split"]
+    for patient, _, n_cells, n_parasitized, _, _, _, split in rows:
+        assert (n_cells, n_parasitized, split) == tuple(patients.loc[patient, columns])
+    assert f"{(patients['split'] == 'test').sum()} patients by their cells of the test split" in text
 
 
 def test_a_second_run_changes_nothing_and_says_so(made: Path, caplog: pytest.LogCaptureFixture):
@@ -342,7 +344,8 @@ def test_the_page_stays_small_however_many_patients_there_are(tmp_path: Path):
     html = reported(results)
     assert len(html) < 4_000_000
     assert "the 20,000 with the highest fraction" in html
-    assert "200 of 25,000 patients, evenly chosen" in html
+    n_test = (many["split"] == "test").sum()
+    assert f"200 of {n_test:,} patients, evenly chosen, by their cells of the test split" in html
 
 
 def test_thumbnails_are_bounded(made: Path, tmp_path: Path):

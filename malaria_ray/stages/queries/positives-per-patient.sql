@@ -1,6 +1,4 @@
--- Cells called parasitized, by patient, the highest share first. It is no parasitaemia.
-SELECT results, patient_id, max(label) AS label, count(*) AS n_cells, sum(predicted_label) AS n_parasitized,
-       avg(predicted_label) AS parasitized_fraction
-FROM predictions
-GROUP BY results, patient_id
-ORDER BY results, parasitized_fraction DESC, patient_id;
+-- Cells called parasitized, by patient and split, the highest share first. It is no parasitaemia.
+SELECT results, split, patient_id, label, n_cells, n_parasitized, parasitized_fraction
+FROM patients
+ORDER BY results, list_position(['test', 'unseen', 'val', 'train'], split), parasitized_fraction DESC, patient_id;
