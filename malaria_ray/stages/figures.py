@@ -18,7 +18,8 @@ _MAX_PATIENTS = 200  # more cannot be told apart on a page
 _PATIENTS = ((0, "uninfected", "one"), (1, "with a parasitized cell", "two"), (None, "no label", "three"))
 _EDGES = [i / 20 for i in range(21)]
 _HISTOGRAM = """
-    SELECT least(floor(score * 20), 19)::INT AS bin, label, count(*) AS n FROM cells
+    SELECT least(floor(score * 20), 19)::INT AS bin, label, count(*) AS n,
+           count(*) FILTER (score >= $threshold::FLOAT) AS n_called FROM cells
     WHERE $split IS NULL OR (split = $split AND label IS NOT NULL) GROUP BY ALL
 """
 
@@ -130,19 +131,18 @@ def _lines(
 
 
 def _score_histogram(connection: duckdb.DuckDBPyConnection, split: str | None, threshold: float) -> list[Figure]:
-    found = connection.execute(_HISTOGRAM, {"split": split}).fetchall()
+    found = connection.execute(_HISTOGRAM, {"split": split, "threshold": threshold}).fetchall()
     if not found:
         return []
     groups: list[tuple[str, str, list[int]]] = []
     for label, name, style in ((0, "uninfected", "one"), (1, "parasitized", "two"), (None, "no label", "three")):
         counts = [0] * 20
-        for b, value, n in found:
+        for b, value, n, _ in found:
             counts[b] += n if value == label else 0
         if any(counts):
             groups.append((name, style, counts))
-    n_above = sum(n for b, _, n in found if b >= round(threshold * 20))
-    n_all = sum(n for _, _, n in found)
-    words = f"{n_all:,} cells in bins of 0.05; {n_above:,} lie in the bins from the threshold {threshold:g} on."
+    n_all, n_called = sum(n for _, _, n, _ in found), sum(n for _, _, _, n in found)
+    words = f"{n_all:,} cells in bins of 0.05; {n_called:,} have a score of the threshold {threshold:g} or above."
     rows = tuple(
         (f"{_EDGES[b]:.2f} – {_EDGES[b + 1]:.2f}", *(f"{counts[b]:,}" for _, _, counts in groups)) for b in range(20)
     )

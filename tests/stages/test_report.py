@@ -24,7 +24,7 @@ from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import printable
 from malaria_ray.schema import PATIENTS, PREDICTIONS, REVIEW
-from malaria_ray.stages import evaluate, report, verify
+from malaria_ray.stages import evaluate, figures, report, verify
 from malaria_ray.stages.views import connect, open_results
 
 
@@ -208,6 +208,12 @@ def test_the_patient_table_sorts_filters_and_turns_pages(made: Path, browser: An
     assert status.text == "1–25 of 60"
     find(browser, ".data [data-page='1']").click()
     assert status.text == "26–50 of 60"
+    of_split = find_all(browser, ".data select")[1]
+    of_split.send_keys("val")
+    n_val = (patients["split"] == "val").sum()
+    assert column(7) == ["val"] * n_val
+    assert status.text == f"1–{n_val} of {n_val} (of 60)"
+    of_split.send_keys("all")
     find(browser, ".data input[type=search]").send_keys("c1")
     assert sorted(column(0)) == sorted(p for p in patients["patient_id"] if p.startswith("C1"))
     find(browser, ".data select").send_keys("parasitized")
@@ -388,6 +394,17 @@ def test_scores_at_the_ends_fall_into_the_end_bins(tmp_path: Path):
     some = cells(40)
     some["score"] = np.tile(np.float32([0, 1]), 20)
     assert "40 cells in bins of 0.05" in reported(write_results(tmp_path / "results", some.assign(split="test")))
+
+
+def test_the_words_of_the_histogram_count_by_the_threshold_and_not_by_bins(tmp_path: Path):
+    some = cells(60).assign(split="test", score=np.float32(0.3))
+    some.loc[:9, "score"] = np.nextafter(np.float32(0.3), np.float32(0))
+    with connect(open_results([str(write_results(tmp_path / "results", some, has_images=False))])) as connection:
+        for threshold, n in ((0.3, 50), (float(np.nextafter(np.float32(0.3), np.float32(1))), 0), (0.29, 60)):
+            scores, *_ = figures.of_cells(connection, split="test", threshold=threshold)
+            assert scores.caption == (
+                f"60 cells in bins of 0.05; {n} have a score of the threshold {threshold:g} or above."
+            )
 
 
 def test_the_review_queue_the_flagged_images_and_the_calls_of_patients_are_shown(tmp_path: Path, browser: Any):
