@@ -19,11 +19,11 @@ from rich.text import Text
 from tyro.conf import Positional
 from upath import UPath
 
-from malaria_ray.errors import ConfigError, DatasetError, QueryError
+from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT, RESEARCH_ONLY, Label
-from malaria_ray.stages.views import Results, absent_views, connect, open_results
+from malaria_ray.stages.views import Results, check_cells, connect, open_results
 from malaria_ray.statistics.audit import label_audit, likely_wrong, mean_score, metrics_with_and_without
 
 log = logging.getLogger("malaria_ray")
@@ -61,14 +61,12 @@ class Config:
 def run(config: Config) -> None:
     """Writes label_audit/ and audit_metrics/ and prints them in short; does nothing where that is done.
 
-    Raises: `DatasetError` where no label can be audited, `ConfigError`, `QueryError`, `DirectoryError`.
+    Raises: `DatasetError` where no label can be audited, `ConfigError`, `DirectoryError`.
     """
     started = time.monotonic()
     opened = open_results(config.results_and_audit[:-1])
     path = storage.locate(config.results_and_audit[-1])
-    lacking = absent_views(opened)
-    if (line := lacking.get("splits") or lacking.get("predictions")) is not None:
-        raise QueryError(line)
+    check_cells(opened)
     identity = {one.name: _records(one) for one in opened}
     if outputs.prepare(path, stage="audit", config=config, identity=identity, overwrite=config.overwrite):
         with connect(opened) as connection:

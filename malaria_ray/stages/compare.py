@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from malaria_ray.errors import ConfigError, QueryError
+from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY
 from malaria_ray.stages.comparison import Pair, metrics_table, page, pair_of
 from malaria_ray.stages.run_comparison import compare_runs
-from malaria_ray.stages.views import absent_views, connect, open_results
+from malaria_ray.stages.views import check_cells, connect, open_results
 
 log = logging.getLogger("malaria_ray")
 
-_MAX_THUMBNAILS = 100
+_THUMBNAILS, _MAX_THUMBNAILS = 24, 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,34 +28,47 @@ class Config:
     """Two or more directories made by 'malaria-ray screen', the one to compare with first; or runs made by
     'malaria-ray train', with results of theirs if there are, for their test data."""
     report: str | None = None
-    """File or URL to write the comparison to as one HTML page, with pictures."""
-    thumbnails: int = 24
-    """Cells that each gallery of the page shows at most."""
+    """Of results: file or URL to write the comparison to as one HTML page, with pictures."""
+    thumbnails: int | None = None
+    """Of the page: cells that each gallery shows at most, by default 24."""
     n_resamples: int = 1000
     """Resamples of the bootstrap over patients."""
     seed: int = 42
     """Seed of the bootstrap."""
-    figure: str = "comparison.png"
-    """Where the figure of runs is written."""
+    figure: str | None = None
+    """Of runs: file or URL to write their figure to, by default comparison.png."""
 
     def __post_init__(self) -> None:
         if len(self.results) < 2:
             raise ConfigError(f"{len(self.results)} results directories were given; give two or more")
         if self.n_resamples < 100:
             raise ConfigError(f"--n-resamples {self.n_resamples}: at least 100 are needed for a 95 % interval")
-        if not 0 <= self.thumbnails <= _MAX_THUMBNAILS:
+        if self.thumbnails is not None and self.report is None:
+            raise ConfigError(f"--thumbnails {self.thumbnails} is of the page; give --report FILE.html too")
+        if self.thumbnails is not None and not 0 <= self.thumbnails <= _MAX_THUMBNAILS:
             raise ConfigError(f"--thumbnails {self.thumbnails}: allowed are 0 to {_MAX_THUMBNAILS}")
 
 
 def run(config: Config) -> None:
-    """Prints one table for each directory but the first, and writes the page where one is asked; or tells of runs."""
+    """Prints one table for each directory but the first, and writes the page where one is asked; or tells of runs.
+
+    Raises: `ConfigError` where a flag is of the other comparison.
+    """
     if "train" in {outputs.stage_of(storage.locate(url)) for url in config.results}:
-        storage.write_bytes(storage.locate(config.figure), compare_runs(config.results))
-        log.info("figure: %s", config.figure)
+        if config.report is not None:
+            raise ConfigError(
+                f"--report {config.report}: runs have no page; leave it out (--figure is theirs) or give results alone"
+            )
+        figure = storage.locate(config.figure or "comparison.png")
+        storage.write_bytes(figure, compare_runs(config.results, n_resamples=config.n_resamples, seed=config.seed))
+        log.info("figure: %s", figure)
         return
+    if config.figure is not None:
+        raise ConfigError(
+            f"--figure {config.figure}: results have no such figure; leave it out (--report is theirs) or give runs"
+        )
     first, *others = opened = open_results(config.results)
-    if (line := absent_views(opened).get("splits") or absent_views(opened).get("predictions")) is not None:
-        raise QueryError(line)
+    check_cells(opened)
     connection = connect(opened)
     pairs = []
     for other in others:
@@ -63,7 +76,8 @@ def run(config: Config) -> None:
         _print_pair(pairs[-1])
     if config.report is not None:
         target = storage.locate(config.report)
-        storage.write_bytes(target, page(connection, pairs, thumbnails=config.thumbnails).encode())
+        thumbnails = _THUMBNAILS if config.thumbnails is None else config.thumbnails
+        storage.write_bytes(target, page(connection, pairs, thumbnails=thumbnails).encode())
         console().print(f"{target}  open it in a browser", markup=False, soft_wrap=True)
     else:
         console().print("--report FILE.html writes this as a page, with the curves and pictures", markup=False)

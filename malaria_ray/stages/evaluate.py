@@ -15,13 +15,13 @@ from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
-from malaria_ray.errors import ConfigError, DatasetError, DirectoryError
+from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.provenance import code_digest
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
-from malaria_ray.stages.views import Results, absent_views, connect, known_patients_line, open_results
+from malaria_ray.stages.views import Results, check_cells, connect, known_patients_line, open_results
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
 from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
@@ -57,9 +57,8 @@ def run(config: Config) -> None:
     already by the same code. Raises: `DirectoryError` where a table that screening writes is missing.
     """
     (opened,) = open_results([config.results])
-    results, success, absent = opened.path, opened.success, absent_views([opened])
-    if (missing := absent.get("splits") or absent.get("predictions")) is not None:
-        raise DirectoryError(missing)
+    results, success = opened.path, opened.success
+    check_cells([opened])
     marker = results / "metrics" / outputs.SUCCESS
     identity = {
         "predictions": {

@@ -64,7 +64,9 @@ def learning_curves_figure(history: pd.DataFrame, *, best_epoch: int, heading: s
 
 
 def runs_figure(histories: dict[str, pd.DataFrame], scores: dict[str, pd.DataFrame]) -> bytes:
-    """Validation accuracy and loss of runs over their epochs, and the ROC of `scores` (label, score)."""
+    """Validation accuracy and loss of runs over their epochs, and the ROC of `scores` (columns label, of both classes,
+    and score).
+    """
     figure = Figure(figsize=(15 if scores else 10, 4.2), layout="constrained")
     figure.suptitle(RESEARCH_ONLY, fontsize=10)
     axes = figure.subplots(1, 3 if scores else 2)

@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from upath import UPath
 
-from malaria_ray.errors import ConfigError
+from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, folded, printable
-from malaria_ray.schema import RESEARCH_ONLY
+from malaria_ray.schema import RESEARCH_ONLY, Label
 from malaria_ray.stages.pictures import runs_figure
+from malaria_ray.stages.views import check_cells, connect, open_results
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import cell_metrics
 
@@ -38,15 +39,19 @@ class Run:
     test: pd.DataFrame | None
 
 
-def compare_runs(urls: Sequence[str]) -> bytes:
-    """Prints the tables of the runs among `urls`, the others being results of theirs; returns their figure, PNG."""
+def compare_runs(urls: Sequence[str], *, n_resamples: int, seed: int) -> bytes:
+    """Prints the tables of the runs among `urls`, the others being results of theirs; returns their figure, PNG.
+
+    Raises as `open_runs` does.
+    """
     runs = open_runs(urls)
     out = console()
     out.print(_validation_table(runs))
     if any(run.test is not None for run in runs):
-        out.print(_test_table(runs))
+        out.print(_test_table(runs, n_resamples=n_resamples, seed=seed))
     curves = {run.name: run.history for run in runs}
-    scores = {run.name: run.test for run in [*runs, *pooled(runs)] if run.test is not None}
+    tests = {run.name: run.test for run in [*runs, *pooled(runs)] if run.test is not None}
+    scores = {name: test for name, test in tests.items() if test["label"].nunique() == len(Label)}
     out.print(RESEARCH_ONLY)
     return runs_figure(curves, scores)
 
@@ -54,9 +59,12 @@ def compare_runs(urls: Sequence[str]) -> bytes:
 def open_runs(urls: Sequence[str]) -> list[Run]:
     """The runs among directories at local paths or URLs, each with the test scores of its results among them.
 
-    Raises: `ConfigError` where results belong to none of the runs; `NotCompleteError`, `DirectoryError`.
+    Raises: `ConfigError` where a directory or the results of a run are given twice, or results belong to none of the
+    runs; `DatasetError` where results have no test data; `NotCompleteError`, `DirectoryError`.
     """
     paths = [storage.locate(url) for url in urls]
+    if len({str(path) for path in paths}) < len(paths):
+        raise ConfigError(f"{', '.join(urls)}: one directory is given twice; give each once")
     of_runs = [path for path in paths if outputs.stage_of(path) != "screen"]
     runs = {path: outputs.check_complete(path, "train") for path in of_runs}
     results: dict[str, UPath] = {}
@@ -66,7 +74,10 @@ def open_runs(urls: Sequence[str]) -> list[Run]:
         run_id = str(outputs.check_complete(path, "screen")["run_id"])
         if run_id not in {success["run_id"] for success in runs.values()}:
             raise ConfigError(f"{path} are results of {run_id}, which is none of the runs given; give that run too")
+        if run_id in results:
+            raise ConfigError(f"{results[run_id]} and {path} are results of one run, {run_id}; give one of them")
         results[run_id] = path
+    tests = {run_id: _test_scores(path) for run_id, path in results.items()}
     last_parts = [path.path.rstrip("/").rpartition("/")[2] for path in runs]
     names = last_parts if len(set(last_parts)) == len(runs) else [str(path) for path in runs]
     return [
@@ -75,7 +86,7 @@ def open_runs(urls: Sequence[str]) -> list[Run]:
             success=success,
             identity=outputs.read_config(path, "train")["identity"],
             history=storage.read_table(path / "history.parquet").to_pandas(),
-            test=_test_scores(path, results[success["run_id"]]) if success["run_id"] in results else None,
+            test=tests.get(success["run_id"]),
         )
         for name, (path, success) in zip(names, runs.items(), strict=True)
     ]
@@ -103,12 +114,21 @@ def pooled(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _test_scores(run: UPath, results: UPath) -> pd.DataFrame:
-    splits = storage.read_table(run / "splits.parquet", columns=["image_id", "split"]).to_pandas()
-    names = ["image_id", "patient_id", "label", "score", "predicted_label"]
-    predictions = storage.read_table(results / "predictions", columns=names).to_pandas()
-    test: pd.DataFrame = predictions.merge(splits[splits["split"] == "test"], on="image_id")
-    return test.dropna(subset=["label"])
+def _test_scores(path: UPath) -> pd.DataFrame:
+    """The labelled cells of the run's test split in results of it. Raises: `DatasetError` where there is none."""
+    opened = open_results([str(path)])
+    check_cells(opened)
+    with connect(opened) as connection:
+        test: pd.DataFrame = connection.sql(
+            "SELECT image_id, patient_id, label, score, predicted_label FROM cells "
+            "WHERE split = 'test' AND label IS NOT NULL ORDER BY image_id"
+        ).df()
+    if test.empty:
+        raise DatasetError(
+            f"{path} has no labelled cell of the test split of its run: there is nothing to compare; screen the data set "
+            "that the run was trained on, or leave these results out"
+        )
+    return test
 
 
 def _validation_table(runs: Sequence[Run]) -> RichTable:
@@ -128,27 +148,33 @@ def _validation_table(runs: Sequence[Run]) -> RichTable:
     return folded(table)
 
 
-def _test_table(runs: Sequence[Run]) -> RichTable:
+def _test_table(runs: Sequence[Run], *, n_resamples: int, seed: int) -> RichTable:
     table = RichTable("run", "cells", *_SHOWN, title="Test split, 95 % intervals over patients")
     for run in [*runs, *pooled(runs)]:
-        if run.test is None or run.test.empty:
+        if run.test is None:
             continue
-        values, intervals = _test_metrics(run.test)
-        shown = [f"{values[name]:.4f}" + _interval(*intervals[name]) for name in _SHOWN]
+        values, intervals = _test_metrics(run.test, n_resamples=n_resamples, seed=seed)
+        shown = [_number(values[name]) + _interval(*intervals[name]) for name in _SHOWN]
         table.add_row(escape(printable(run.name)), f"{len(run.test):,}", *shown)
     return folded(table)
 
 
-def _test_metrics(test: pd.DataFrame) -> tuple[dict[str, float], dict[str, Interval]]:
+def _test_metrics(test: pd.DataFrame, *, n_resamples: int, seed: int) -> tuple[dict[str, float], dict[str, Interval]]:
     """Those of calls are taken from the calls: each of several folds has a threshold of its own."""
     label, values, intervals = test["label"].to_numpy(np.int64), dict[str, float](), dict[str, Interval]()
     for column, names in (("predicted_label", _OF_CALLS), ("score", _OF_SCORES)):
         score = test[column].to_numpy(np.float32)
         found = cell_metrics(label, score, threshold=0.5)
-        ends = bootstrap_over_patients(label, score, test["patient_id"], threshold=0.5, seed=42)
+        ends = bootstrap_over_patients(
+            label, score, test["patient_id"], threshold=0.5, n_resamples=n_resamples, seed=seed
+        )
         values |= {name: found[name] for name in names}
         intervals |= {name: ends[name] for name in names}
     return values, intervals
+
+
+def _number(value: float) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.4f}"
 
 
 def _interval(low: float, high: float) -> str:

@@ -153,6 +153,13 @@ def catalog(results: Results) -> str:
     )
 
 
+def check_cells(results: Sequence[Results]) -> None:
+    """Raises: `DirectoryError` where a table is missing that the view `cells` is made of."""
+    absent = absent_views(results)
+    if (line := absent.get("splits") or absent.get("predictions")) is not None:
+        raise DirectoryError(line)
+
+
 def known_patients_line(connection: duckdb.DuckDBPyConnection, results: Results) -> str | None:
     """How many cells count as held out though the run was trained or tuned on other cells of their patients; None where
     none does.
