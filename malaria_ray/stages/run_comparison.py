@@ -125,8 +125,8 @@ def _test_scores(path: UPath) -> pd.DataFrame:
         ).df()
     if test.empty:
         raise DatasetError(
-            f"{path} has no labelled cell of the test split of its run: there is nothing to compare; screen the data set "
-            "that the run was trained on, or leave these results out"
+            f"{path} has no labelled cell of the test split of its run, so nothing can be compared; screen the data "
+            "set that the run was trained on, or leave these results out"
         )
     return test
 
