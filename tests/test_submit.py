@@ -42,7 +42,7 @@ NOBODY = ["--address", closed_url()]
         (["--", "compare", "/r", "/q", "--report", "c.html"], 1, "report 'c.html' is relative"),
         (["--", "query", "r", "SELECT 1"], 1, "directories 'r' is relative"),
         (["--", "query", "/r", "SELECT 1", "--format", "csv", "--output", "a.csv"], 1, "output 'a.csv' is relative"),
-        (["--", "train", "/d", "/r", "--model", "cnn", "--weights", "w.h5"], 1, "weights 'w.h5' is relative"),
+        (["--", "train", "/d", "/r", "--model", "vgg19-frozen", "--weights", "w.h5"], 1, "weights 'w.h5' is relative"),
         (["--", "train", "/d", "/r", "--model", "vgg19-finetuned", "--init-from", "i"], 1, "init_from 'i' is relative"),
         (["--", "train", "/d", "/r", "--model", "cnn", "--weights", "imagenet"], 1, "no cluster answers at"),
         (["--", "compare", "/r", "/q"], 1, "no cluster answers at"),

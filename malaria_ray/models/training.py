@@ -31,6 +31,7 @@ from malaria_ray.runtime import storage
 
 _LOG_EVERY_S = 15.0
 _N_AHEAD = 2  # batches made while a step runs
+_EPSILON = 1e-7  # scores count as this far from 0 and 1 in losses, as in Keras's own
 _CHECK_EVERY_STEPS = 20  # how often the loss is looked at: every look waits for the device
 
 
@@ -212,13 +213,7 @@ def _train(plan: TrainingPlan) -> None:
                 history = json.loads((Path(folder) / "history.json").read_text())
         optimizer = model.optimizer
         optimizer.build(model.trainable_variables)
-    learning_rate = float(optimizer.learning_rate.numpy())
-    callbacks = keras.callbacks.CallbackList(_callbacks(keras, plan), model=model)
-    callbacks.on_train_begin()
-    for row in history:  # brings the callbacks' counters to where they were
-        callbacks.on_epoch_end(row["epoch"] - 1, dict(row))
-    if history:
-        optimizer.learning_rate.assign(learning_rate)
+    callbacks = _callbacks(keras, plan, model, history)
 
     train_step, score_step = _steps(tf, keras, model, strategy, is_augmented=plan.is_augmented, is_xla=plan.is_xla)
 
@@ -296,12 +291,22 @@ def _features_of(examples: Examples) -> int | None:
     return int(shape[1]) if len(shape) == 2 else None
 
 
-def _callbacks(keras: Any, plan: TrainingPlan) -> list[Any]:
-    """The article's ReduceLROnPlateau, and early stopping where patience is set."""
+def _callbacks(keras: Any, plan: TrainingPlan, model: Any, history: list[dict[str, Any]]) -> Any:
+    """The article's ReduceLROnPlateau, and early stopping where patience is set, as they are after the epochs of
+    `history`.
+    """
     callbacks = [keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=2, min_lr=1e-6)]
     if plan.patience:
         callbacks.append(keras.callbacks.EarlyStopping(monitor="val_loss", patience=plan.patience))
-    return callbacks
+    found = keras.callbacks.CallbackList(callbacks, model=model)
+    found.on_train_begin()
+    learning_rate = model.optimizer.learning_rate
+    now = float(learning_rate.numpy())
+    learning_rate.assign(plan.learning_rate)  # at the least rate a counter is not set back: begin where the run began
+    for row in history:
+        found.on_epoch_end(row["epoch"] - 1, dict(row))
+    learning_rate.assign(now)
+    return found
 
 
 def _reseed_dropout(model: Any, address: list[int]) -> None:
@@ -427,7 +432,7 @@ def _val_metrics(label: npt.NDArray[np.float32], scores: npt.NDArray[np.float32]
         raise TrainingError("the model scores validation images with NaN; the checkpoints of earlier epochs are kept")
     truth = label.astype(int)
     return {
-        "val_loss": float(log_loss(truth, scores.astype(np.float64), labels=[0, 1])),
+        "val_loss": float(log_loss(truth, scores.astype(np.float64).clip(_EPSILON, 1 - _EPSILON), labels=[0, 1])),
         "val_accuracy": float(accuracy_score(truth, scores >= 0.5)),
         "val_roc_auc": float(roc_auc_score(truth, scores)),
     }

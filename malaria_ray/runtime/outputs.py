@@ -37,12 +37,20 @@ _CONFIG_FILE = {
 
 
 def prepare(
-    path: UPath, *, stage: str, config: Any, identity: dict[str, Any], overwrite: bool, may_grow: str | None = None
+    path: UPath,
+    *,
+    stage: str,
+    config: Any,
+    identity: dict[str, Any],
+    overwrite: bool,
+    may_grow: str | None = None,
+    may_change: str | None = None,
 ) -> bool:
     """Claims a directory for a stage: True where there is work to do, False where it was finished before.
 
     `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result. `may_grow`
-    names a number of the identity that a later run may raise: what was finished is then unfinished and goes on.
+    names a number of the identity that a later run may raise: what was finished is then unfinished and goes on;
+    `may_change` what another run may change as long as the directory is unfinished.
     Raises: `DirectoryError` where the directory holds something else, or the same with another identity.
     """
     identity = json.loads(json.dumps(identity, default=str))
@@ -57,17 +65,20 @@ def prepare(
             )
         _write_config(path, stage, config, identity)
         return True
-    if may_grow and _has_grown(found["identity"], identity, may_grow):
+    was, is_finished = found["identity"], (path / SUCCESS).exists()
+    if may_change and not is_finished and may_change in was:
+        was = {**was, may_change: identity[may_change]}
+    if may_grow and _has_grown(was, identity, may_grow):
         storage.remove(path / SUCCESS)  # before the config, so that no kill leaves it finished with the new one
-        _write_config(path, stage, config, identity)
-        return True
-    if differences := _differences(found["identity"], identity):
-        state = "finished" if (path / SUCCESS).exists() else "begun"
+        is_finished, was = False, identity
+    if differences := _differences(was, identity):
         raise DirectoryError(
-            f"{path} was {state} with another config: {'; '.join(differences)}; "
+            f"{path} was {'finished' if is_finished else 'begun'} with another config: {'; '.join(differences)}; "
             "choose another directory, or --overwrite to delete it and begin again"
         )
-    return not (path / SUCCESS).exists()
+    if identity != found["identity"]:
+        _write_config(path, stage, config, identity)
+    return not is_finished
 
 
 def write_table(
@@ -114,8 +125,9 @@ def check_complete(path: UPath, stage: str) -> dict[str, Any]:
 def files_added(path: UPath) -> dict[str, FileRecord]:
     """Records of the files that later stages (evaluate, report) added to a finished directory, of all that finished."""
     files: dict[str, FileRecord] = {}
-    for marker in sorted(path.glob(f"*/{SUCCESS}"), key=str):
-        files |= storage.read_json(marker)["files"]
+    for marker in (child / SUCCESS for child in storage.children(path)):
+        if marker.exists():
+            files |= storage.read_json(marker)["files"]
     return files
 
 

@@ -129,11 +129,14 @@ def record_of(path: UPath) -> FileRecord:
 
 def parts(folder: UPath) -> list[UPath]:
     """The `part-*.parquet` files of a table in order; none where the folder is not there."""
-    if not folder.exists():
-        return []
-    # Not by glob: in the URL of an object store it takes a folder named run[1] for a pattern.
-    found = (path for path in folder.iterdir() if path.name.startswith("part-") and path.name.endswith(".parquet"))
-    return sorted(found, key=lambda path: path.name)
+    return [path for path in children(folder) if path.name.startswith("part-") and path.name.endswith(".parquet")]
+
+
+def children(folder: UPath) -> list[UPath]:
+    """What lies in a folder, by name; nothing where the folder is not there. Not by glob: in the URL of an object store
+    it takes a folder named run[1] for a pattern.
+    """
+    return sorted(folder.iterdir(), key=lambda path: path.name) if folder.exists() else []
 
 
 def part_name(index: int) -> str:

@@ -20,13 +20,14 @@ from upath import UPath
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
+from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import PREPROCESSING, Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
-from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
+from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.storage import FileRecord
@@ -78,6 +79,7 @@ def run(config: Config) -> None:
     archive = open_archive(config.archive)
     if isinstance(archive, DatasetArchive):
         raise ArchiveError(f"{config.archive} is a dataset already; ingest reads archives of image files")
+    check_outside(archive, dataset)
     rule = patient_rule(config.patients, config.patient_pattern)
     identity = {
         **archive.identity(),
@@ -99,7 +101,7 @@ def run(config: Config) -> None:
         n_read = _decode_all(listing, dataset, image_size=config.image_size)
     decoded = time.monotonic()
 
-    manifest, files = _publish(dataset)
+    manifest, files = _publish(dataset, n_files=listing.num_rows)
     _check_bad_fraction(manifest, dataset, config.max_bad_fraction)
     summary = _summary(manifest, config)
     storage.write_json(dataset / "summary.json", summary)
@@ -153,7 +155,7 @@ def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
 
 
 def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, image_size: int) -> dict[str, Any]:
-    """One shard: its crops part, then its manifest part, whose footer holds the record of the crops part."""
+    """One shard: its crops part, that file's record, then its manifest part."""
     index = row["shard"]
     shard = ray.get(listing[0]).slice(index * _SHARD_ROWS, _SHARD_ROWS)
     cells = read_cells(shard, image_size=image_size)
@@ -167,8 +169,8 @@ def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, imag
             row_group_rows=_CROPS_ROW_GROUP,
             dictionary=["patient_id", "label"],
         )
-    storage.write_table(path / outputs.WORK / "manifest" / name, cells.table)
     storage.write_json(path / outputs.WORK / "records" / f"{name}.json", dict(records))
+    storage.write_table(path / outputs.WORK / "manifest" / name, cells.table)  # last: with it the shard is finished
     return {"n": shard.num_rows, "n_bad": shard.num_rows - usable.num_rows}
 
 
@@ -177,16 +179,24 @@ def _crops(usable: pa.Table, pixels: Pixels, image_size: int) -> pa.Table:
     return usable.append_column("image", crops_column(pixels)).select(schema.names).cast(schema)
 
 
-def _publish(dataset: UPath) -> tuple[pa.Table, dict[str, FileRecord]]:
-    """Joins the shards' rows to manifest.parquet and quarantine/; returns the manifest and every file's record."""
+def _publish(dataset: UPath, *, n_files: int) -> tuple[pa.Table, dict[str, FileRecord]]:
+    """Joins the shards' rows to manifest.parquet and quarantine/; returns the manifest and every file's record.
+
+    Raises: `InvariantError` unless there is a row for each of the `n_files` listed.
+    """
     work = dataset / outputs.WORK
     rows = storage.read_table(work / "manifest").sort_by([("patient_id", "ascending"), ("image_id", "ascending")])
+    if rows.num_rows != n_files:
+        raise InvariantError(
+            f"{rows.num_rows:,} rows of {n_files:,} files were found in {work}; {dataset} is not published: if another "
+            "ingest writes there too, wait for its end, then run this one again"
+        )
     manifest = rows.select(MANIFEST.names).cast(MANIFEST.arrow_schema())
     bad = rows.filter(pc.not_equal(rows["status"], OK))
     quarantine = bad.rename_columns({"status": "reason"}).append_column("stage", pa.repeat("ingest", bad.num_rows))
     quarantine = quarantine.select(QUARANTINE.names).cast(QUARANTINE.arrow_schema())
     files: dict[str, FileRecord] = {}
-    for file in sorted((work / "records").glob("*.json"), key=lambda path: path.name):
+    for file in storage.children(work / "records"):
         files.update(storage.read_json(file))
     for name, table in (("manifest.parquet", manifest), (f"quarantine/{storage.part_name(0)}", quarantine)):
         files |= outputs.write_table(dataset, name, table, stage="ingest")

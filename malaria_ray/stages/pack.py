@@ -25,9 +25,10 @@ from upath import UPath
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
+from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
-from malaria_ray.archives.reading import read_files
+from malaria_ray.archives.reading import UNKNOWN_BYTES, read_files
 from malaria_ray.cells.images import content_digest
 from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
@@ -38,7 +39,6 @@ from malaria_ray.schema import LISTING, OK, PACKED, Reason
 log = logging.getLogger("malaria_ray")
 
 _ROW_GROUP = 256  # rows: some 3 MB of cell images, what is read at a time
-_UNKNOWN_BYTES = 64 * 1024  # taken for a file whose size its archive does not tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ def run(config: Config) -> None:
     archive = open_archive(config.archive)
     if isinstance(archive, DatasetArchive):
         raise ArchiveError(f"{config.archive} is a dataset already; pack takes archives of image files")
+    check_outside(archive, packed)
     rule = patient_rule(config.patients, config.patient_pattern)
     identity = {**archive.identity(), **rule.identity, "part_mb": config.part_mb}
     if not outputs.prepare(packed, stage="pack", config=config, identity=identity, overwrite=config.overwrite):
@@ -121,7 +122,7 @@ def run(config: Config) -> None:
 
 def part_bounds(listing: pa.Table, part_bytes: int) -> list[tuple[int, int]]:
     """(first row, rows) of each part: consecutive files of about `part_bytes` together, at least one."""
-    sizes = pc.fill_null(pc.coalesce(listing["n_bytes"], listing["packed_bytes"]), _UNKNOWN_BYTES).to_numpy()
+    sizes = pc.fill_null(pc.coalesce(listing["n_bytes"], listing["packed_bytes"]), UNKNOWN_BYTES).to_numpy()
     part = (np.cumsum(sizes) - sizes) // part_bytes
     first = np.flatnonzero(np.diff(part, prepend=-1))
     return [(int(start), int(end - start)) for start, end in itertools.pairwise([*first, listing.num_rows])]

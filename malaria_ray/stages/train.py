@@ -28,7 +28,7 @@ from upath import UPath
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
-from malaria_ray.errors import ConfigError, MalariaRayError, TrainingError
+from malaria_ray.errors import ConfigError, DatasetError, MalariaRayError, TrainingError
 from malaria_ray.models import RECIPES, ModelName, Precision
 from malaria_ray.models.engines import Scores
 from malaria_ray.models.export import export
@@ -71,9 +71,9 @@ class Config:
     """By default the article's: 1e-3 (Adam) for cnn, 1e-4 and 1e-5 (RMSprop) for vgg19-frozen and vgg19-finetuned.
     Halved after two epochs without a lower validation loss."""
     weights: str = "imagenet"
-    """VGG-19 weights: imagenet, or a path or URL, if wanted with '#sha256=…'."""
+    """VGG-19 weights: imagenet, or a path or URL, if wanted with '#sha256=…'; with --init-from that run's."""
     init_from: str | None = None
-    """Run of vgg19-frozen on the same split whose head vgg19-finetuned starts from."""
+    """Run of vgg19-frozen on the same split whose weights vgg19-finetuned starts from, head and all."""
     augment: Literal["default", "on", "off"] = "default"
     """Change the training images at random (turned, flipped, shifted, zoomed, sheared, recoloured), each epoch anew; by
     default as the article: vgg19-finetuned only. vgg19-frozen, which sees features, gets those of the image and of its
@@ -125,6 +125,10 @@ class Config:
             )
         if self.init_from and self.model != "vgg19-finetuned":
             raise ConfigError(f"--init-from goes with --model vgg19-finetuned, not with {self.model}")
+        if self.weights != "imagenet" and not RECIPES[self.model].needs_weights:
+            raise ConfigError(f"--weights goes with a VGG-19, not with --model {self.model}, which starts from none")
+        if self.weights != "imagenet" and self.init_from:
+            raise ConfigError("--weights and --init-from: that run has all weights already; leave --weights out")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
 
@@ -152,19 +156,24 @@ def run(config: Config) -> None:
     recipe = RECIPES[config.model]
     learning_rate = config.learning_rate or recipe.learning_rate
     is_augmented = recipe.is_augmented if config.augment == "default" else config.augment == "on"
-    weights = load_weights(config.weights) if recipe.needs_weights else None
     same_split = {
         "dataset_digest": success["dataset_digest"],
         "split_by": config.split_by,
         "seed": config.seed,
         "fold": f"{config.fold} of {config.folds}" if config.folds else None,
     }
+    weights, weights_digest, initial_run = None, None, None
+    if config.init_from:
+        initial_run, weights_digest = _check_initial_run(config.init_from, same_split)
+    elif recipe.needs_weights:
+        weights = load_weights(config.weights)
+        weights_digest = weights.sha256
     identity = {
         **same_split,
         "image_size": image_size,
         "learning_rate": learning_rate,
-        "weights": weights.sha256 if weights else None,
-        "init_from": _check_initial_run(config.init_from, same_split) if config.init_from else None,
+        "weights": weights_digest,
+        "init_from": initial_run,
         "augment": is_augmented,
         **{
             name: getattr(config, name)
@@ -176,7 +185,13 @@ def run(config: Config) -> None:
     if config.specificity is not None:
         check_specificity(config.specificity, int(((splits == Split.val) & (cells["label"] == Label.uninfected)).sum()))
     if not outputs.prepare(
-        path, stage="train", config=config, identity=identity, overwrite=config.overwrite, may_grow="epochs"
+        path,
+        stage="train",
+        config=config,
+        identity=identity,
+        overwrite=config.overwrite,
+        may_grow="epochs",
+        may_change="specificity",  # it is looked at after the last epoch
     ):
         log.info("%s is finished; nothing to do (--overwrite trains anew)", path)
         return
@@ -310,7 +325,14 @@ def _splits_table(cells: pd.DataFrame, splits: pd.Series) -> pa.Table:
 def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificity: float | None) -> Validation:
     """Temperature, threshold and rates of error from the validation cells and their `scores`, in order of image_id."""
     of_val = cells[splits == Split.val].sort_values("image_id")
-    return learn_from_validation(of_val.assign(split=Split.val, score=scores), specificity=specificity)
+    try:
+        return learn_from_validation(of_val.assign(split=Split.val, score=scores), specificity=specificity)
+    except DatasetError as error:
+        if specificity is None:
+            raise
+        raise DatasetError(
+            f"{error}. The epochs are kept: the same command with a lower --specificity, or without, needs no others"
+        ) from error
 
 
 def _check_resources(num_workers: int, cpus: int, gpus: int) -> None:
@@ -327,8 +349,9 @@ def _check_resources(num_workers: int, cpus: int, gpus: int) -> None:
     log.info("waiting for nodes: there is room for %d workers of %s, %d are asked for", room, each, num_workers)
 
 
-def _check_initial_run(url: str, same_split: dict[str, Any]) -> str:
-    """The run id of `--init-from`. Raises: `ConfigError` where its training saw what this one must not.
+def _check_initial_run(url: str, same_split: dict[str, Any]) -> tuple[str, str]:
+    """(run id of `--init-from`, SHA-256 of its VGG-19 weights). Raises: `ConfigError` where its training saw what this
+    one must not.
 
     A head that was trained on another split knows patients of this one's test split.
     """
@@ -346,7 +369,7 @@ def _check_initial_run(url: str, same_split: dict[str, Any]) -> str:
                 f"know test "
                 "images; train vgg19-frozen on the same dataset, --split-by and --seed"
             )
-    return str(success["run_id"])
+    return str(success["run_id"]), str(was["weights"])
 
 
 def _put_file(path: UPath) -> Any:

@@ -71,7 +71,7 @@ def _extra_files(path: UPath, files: dict[str, Any]) -> Iterator[str]:
     them.
     """
     for folder in sorted({name.rpartition("/")[0] for name in files if "/" in name}):
-        for file in sorted((path / folder).glob("*"), key=lambda file: file.name):
+        for file in storage.children(path / folder):
             if f"{folder}/{file.name}" not in files and file.name != outputs.SUCCESS:
                 yield f"{folder}/{file.name} was not written by the stage"
 

@@ -75,4 +75,18 @@ def learn_from_validation(cells: pd.DataFrame, *, specificity: float | None = No
 
 
 def _calibrated_threshold(found: Calibration) -> float:
-    return float(calibration.calibrate(np.array([found.threshold], np.float32), found.temperature)[0])
+    """Raises DatasetError where rounding leaves no calibrated score above the uninfected cell just below the threshold.
+
+    A temperature above 1 draws scores together, so that the two may round to one number; one far below 1 makes both 1.
+    """
+    at = np.float32(found.threshold)
+    below = np.nextafter(at, np.float32(0))
+    calibrated_below, calibrated = calibration.calibrate(np.array([below, at]), found.temperature)
+    if found.specificity is None or calibrated > calibrated_below:
+        return float(calibrated)
+    if calibrated_below >= 1:
+        raise DatasetError(
+            f"at temperature {found.temperature:.3g} the uninfected validation cells that a specificity of "
+            f"{found.specificity:g} must exclude have a calibrated score of 1; lower it or train a better model"
+        )
+    return float(np.nextafter(calibrated_below, np.float32(1)))

@@ -16,8 +16,10 @@ from malaria_ray.models.augmentation import N_DRAWS, augment, augmentation_draws
 from malaria_ray.models.building import build_backbone, build_trainable, whole_network
 from malaria_ray.models.training import (
     Examples,
+    _callbacks,
     _run_epoch,
     _steps,
+    _val_metrics,
     ahead,
     batches,
     epoch_order,
@@ -217,3 +219,38 @@ def losses_of_training(precision: str, is_xla: bool) -> list[float]:
         return [float(step(*batch, tf.constant(8.0)).numpy()[0]) for _ in range(5)]
     finally:
         keras.config.set_dtype_policy(was)
+
+
+@pytest.mark.parametrize("n_before", range(1, 12))
+def test_a_resumed_run_halves_its_learning_rate_when_an_undisturbed_one_does(n_before: int):
+    """Also where the least rate is near: Keras's callback does not set its counter back there."""
+    plan = SimpleNamespace(learning_rate=1e-5, patience=0)
+
+    def model() -> keras.Model:
+        built = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        built.compile(optimizer=keras.optimizers.RMSprop(plan.learning_rate), loss="mse")
+        return built
+
+    def epochs(of: keras.Model, callbacks, n: int) -> list[float]:
+        rates = []
+        for _ in range(n):
+            callbacks.on_epoch_end(0, {"val_loss": 1.0})
+            rates.append(float(of.optimizer.learning_rate.numpy()))
+        return rates
+
+    one = model()
+    undisturbed = epochs(one, _callbacks(keras, plan, one, []), 12)
+    assert undisturbed[-1] == pytest.approx(1e-6)
+    other = model()
+    other.optimizer.learning_rate.assign(undisturbed[n_before - 1])
+    history = [{"epoch": epoch + 1, "val_loss": 1.0} for epoch in range(n_before)]
+    callbacks = _callbacks(keras, plan, other, history)
+    assert epochs(other, callbacks, 12 - n_before) == undisturbed[n_before:]
+
+
+def test_the_validation_loss_is_kerass_own_also_where_scores_are_0_and_1():
+    label = np.array([0, 1, 0, 1], np.float32)
+    score = np.array([1, 0, 0.25, 0.75], np.float32)
+    expected = float(keras.losses.BinaryCrossentropy()(label, score))
+    assert expected > 8
+    assert _val_metrics(label, score)["val_loss"] == pytest.approx(expected, rel=1e-2)

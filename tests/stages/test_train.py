@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -235,6 +236,8 @@ def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.Monk
         ({"folds": 5}, "--folds 5 --fold None: both are needed"),
         ({"folds": 5, "fold": 6}, "--folds 5 --fold 6"),
         ({"num_workers": 65, "batch_size": 64}, "--num-workers 65"),
+        ({"weights": "w.h5"}, "--weights goes with a VGG-19, not with --model cnn"),
+        ({"model": "vgg19-finetuned", "weights": "w.h5", "init_from": "r"}, "leave --weights out"),
     ],
 )
 def test_flags_are_checked_at_birth(flags: dict, message: str):
@@ -267,3 +270,27 @@ def test_a_specificity_that_few_cells_cannot_carry_is_refused_before_training(li
     with pytest.raises(DatasetError, match="uninfected validation cells cannot carry a specificity of 0.999"):
         train.run(train.Config(dataset=str(line.dataset), run=str(tmp_path / "run"), model="cnn", specificity=0.999))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_end_without_a_threshold_keeps_the_epochs_for_another_specificity(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def saturated(*args, **kwargs):
+        found = validate(*args, **kwargs)
+        return dataclasses.replace(found, scores=np.ones_like(found.scores))
+
+    validate = train._validate
+    monkeypatch.setattr(train, "_validate", saturated)  # what a network that is far too sure of itself gives
+    run = tmp_path / "run"
+    with pytest.raises(DatasetError, match=r"have a score of 1.* the same command with a lower --specificity"):
+        train_of(line.dataset, run, specificity=0.8)
+    monkeypatch.undo()
+    begun = time.time()
+    history = train_of(line.dataset, run, specificity=0.7)
+    check_same_curve(history, line)
+    assert len(list((run / "checkpoints").glob("checkpoint_2*"))) <= 2
+    assert all(folder.stat().st_mtime < begun for folder in (run / "checkpoints").glob("checkpoint_2*")), "none anew"
+    assert json.loads((run / "config.json").read_text())["identity"]["specificity"] == 0.7
+    assert json.loads((run / "validation.json").read_text())["calibration"]["specificity"] == 0.7
+    with pytest.raises(DirectoryError, match=r"finished with another config: specificity was 0.7, is now 0.6"):
+        train_of(line.dataset, run, specificity=0.6)

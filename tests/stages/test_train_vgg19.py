@@ -84,13 +84,15 @@ def test_features_are_made_once_what_is_lost_again_and_for_augmentation_those_of
         np.testing.assert_allclose(found, wanted, atol=0.01 * wanted.max())
 
 
-def test_fine_tuning_starts_from_the_frozen_head_and_leaves_blocks_1_to_3(
-    line: Line, frozen: Path, weights: Path, tmp_path: Path
-):
-    flags = {"model": "vgg19-finetuned", "weights": str(weights), "init_from": str(frozen)}
+def test_fine_tuning_starts_from_the_frozen_head_and_leaves_blocks_1_to_3(line: Line, frozen: Path, tmp_path: Path):
+    flags = {"model": "vgg19-finetuned", "init_from": str(frozen)}
     with pytest.raises(ConfigError, match="was trained with seed 42, this run has 43"):
         train_of(line.dataset, tmp_path / "other", seed=43, **flags)
     train_of(line.dataset, tmp_path / "run", epochs=1, learning_rate=1e-6, **flags)
+    identities = [
+        storage.read_json(storage.locate(run / "config.json"))["identity"] for run in (frozen, tmp_path / "run")
+    ]
+    assert identities[0]["weights"] == identities[1]["weights"] is not None
     for (name, before), (_, after) in zip(weights_of(frozen), weights_of(tmp_path / "run"), strict=True):
         is_frozen = name.startswith(("block1", "block2", "block3"))
         np.testing.assert_allclose(after, before, atol=0 if is_frozen else 1e-3, rtol=0, err_msg=name)

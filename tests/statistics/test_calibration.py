@@ -127,6 +127,7 @@ def test_a_float32_threshold_calls_no_tied_cell() -> None:
     [
         ([1] * 200, [0.9] * 200, "0 uninfected validation cells cannot carry a specificity of 0.99"),
         ([0] * 200, [1.0] * 200, "200 of 200 uninfected validation cells have a score of 1"),
+        ([0] * 200, [1 - 2.0**-24] * 200, "200 of 200 uninfected validation cells have a score of 1"),  # counts as 1
         ([0, 1], [np.nan, 0.5], "score of row 0 is nan"),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from malaria_ray.errors import DatasetError
+from malaria_ray.statistics.calibration import Calibration, calibrate
 from malaria_ray.statistics.validation import Validation, learn_from_validation
 
 
@@ -55,6 +56,33 @@ def test_the_order_of_rows_changes_nothing() -> None:
 def test_it_survives_json() -> None:
     for found in (learn_from_validation(CELLS, specificity=0.95), learn_from_validation(CELLS.assign(patient_id=None))):
         assert Validation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def near(score: float, n_steps: int) -> float:
+    for _ in range(n_steps):
+        score = np.nextafter(np.float32(score), np.float32(1))
+    return float(score)
+
+
+@pytest.mark.parametrize("start", [0.6, 0.9, 0.99, 0.9999])
+def test_the_threshold_of_calibrated_scores_excludes_the_cells_that_it_must(start: float) -> None:
+    """A temperature above 1 draws neighbouring float32 numbers together."""
+    for n_steps in range(20):
+        highest = near(start, n_steps)
+        uninfected, parasitized = [highest] * 20, [0.3] * 10 + [0.99995] * 30  # too sure: the temperature is above 1
+        label, score = [0] * 20 + [1] * 40, np.array(uninfected + parasitized, np.float32)
+        cells = pd.DataFrame({"split": "val", "patient_id": None, "label": label, "score": score})
+        found = learn_from_validation(cells, specificity=0.9)
+        assert found.calibration.temperature > 1
+        calibrated = calibrate(score, found.calibration.temperature)
+        assert not (calibrated[:20] >= found.threshold).any()
+        assert (calibrated[30:] >= found.threshold).all()
+
+
+def test_a_temperature_at_which_the_excluded_cells_score_one_is_one_clear_line() -> None:
+    found = Calibration(temperature=0.05, threshold=0.97, specificity=0.99, n=200, n_patients=0)
+    with pytest.raises(DatasetError, match="must exclude have a calibrated score of 1; lower it"):
+        _ = Validation(calibration=found, rates=None, rates_missing="").threshold
 
 
 def test_the_rates_are_those_at_the_threshold() -> None:
