@@ -197,7 +197,8 @@ def _publish(dataset: UPath, *, n_files: int) -> tuple[pa.Table, dict[str, FileR
     quarantine = quarantine.select(QUARANTINE.names).cast(QUARANTINE.arrow_schema())
     files: dict[str, FileRecord] = {}
     for file in storage.children(work / "records"):
-        files.update(storage.read_json(file))
+        if file.name.endswith(".json"):  # and not what a killed write left
+            files.update(storage.read_json(file))
     for name, table in (("manifest.parquet", manifest), (f"quarantine/{storage.part_name(0)}", quarantine)):
         files |= outputs.write_table(dataset, name, table, stage="ingest")
     return manifest, files

@@ -9,14 +9,17 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import ray
 from stages.conftest import IMAGE_SIZE, Line, content, write_archive
 from stages.killing import run_and_kill
 
+from malaria_ray.archives import open_archive
+from malaria_ray.archives.listing import list_archive
 from malaria_ray.cells.images import resize
-from malaria_ray.errors import ArchiveError, DirectoryError, TooManyBadImagesError
+from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, InvariantError, TooManyBadImagesError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import MANIFEST, QUARANTINE
-from malaria_ray.stages import ingest, verify
+from malaria_ray.stages import ingest, pack, screen, verify
 
 PIXELS = np.full((40, 30, 3), 120, np.uint8)
 
@@ -134,6 +137,73 @@ def test_killed_in_the_middle_and_run_again_it_ends_right(tmp_path: Path):
     undisturbed = ingest_of(archive, tmp_path / "undisturbed")
     pd.testing.assert_frame_equal(killed, undisturbed)
     verify.run(verify.Config(directory=str(tmp_path / "killed")))
+
+
+def stopped_before_publishing(archive: Path, dataset: Path) -> None:
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "_publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ingest_of(archive, dataset)
+
+
+def test_what_a_killed_write_left_is_no_record(line: Line, tmp_path: Path):
+    stopped_before_publishing(line.archive, tmp_path / "dataset")
+    (tmp_path / "dataset/_work/records/.0123456789abcdef.tmp").write_text('{"crops/part-00')
+    pd.testing.assert_frame_equal(
+        ingest_of(line.archive, tmp_path / "dataset"), pq.read_table(line.dataset / "manifest.parquet").to_pandas()
+    )
+    verify.run(verify.Config(directory=str(tmp_path / "dataset")))
+
+
+def test_a_shard_is_not_finished_before_its_record_is_written(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stopped_before_publishing(line.archive, tmp_path / "dataset")
+    work = tmp_path / "dataset/_work"
+    shutil.rmtree(work / "manifest")
+    listing = list_archive(open_archive(str(line.archive)), patients={}, pattern=None)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        ingest._decode_shard(
+            {"shard": 0}, listing=[ray.put(listing)], dataset=str(tmp_path / "dataset"), image_size=IMAGE_SIZE
+        )
+    assert not (work / "manifest").exists()
+
+
+def test_rows_that_another_ingest_took_away_are_not_published_as_a_short_dataset(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def decode_and_lose(listing, dataset, **kwargs):
+        n = decode_all(listing, dataset, **kwargs)
+        part = dataset / "_work" / "manifest" / "part-00000.parquet"
+        storage.write_table(part, storage.read_table(part).slice(1))
+        return n
+
+    decode_all = ingest._decode_all
+    monkeypatch.setattr(ingest, "_decode_all", decode_and_lose)
+    with pytest.raises(InvariantError, match="239 rows of 240 files .* is not published: if another ingest"):
+        ingest_of(line.archive, tmp_path / "dataset")
+    assert not (tmp_path / "dataset/_SUCCESS.json").exists()
+
+
+def test_an_output_inside_the_archives_folder_is_refused_before_anything_is_written(line: Line, tmp_path: Path):
+    folder = extracted(line, tmp_path)
+    inside = folder / "out"
+    for stage, config in (
+        (ingest, ingest.Config(archive=str(folder), dataset=str(inside))),
+        (pack, pack.Config(archive=str(folder), packed=str(inside))),
+        (screen, screen.Config(source=str(folder), results=str(inside), model=str(line.run))),
+    ):
+        with pytest.raises(ConfigError, match="out lies in the archive .*; give a directory outside"):
+            stage.run(config)
+        assert not inside.exists()
 
 
 def test_a_resumed_run_refuses_an_archive_that_changed(line: Line, copy_of, tmp_path: Path):
