@@ -5,6 +5,7 @@ elsewhere.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ def console() -> Console:
 def printable(text: str) -> str:
     """The text with everything that could move the cursor, hide or turn letters round written as an escape."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def number(value: float | None) -> str:
+    """A metric as tables show it."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 class Report(Protocol):

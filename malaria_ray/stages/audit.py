@@ -21,7 +21,7 @@ from upath import UPath
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.runtime.terminal import console, number, printable
 from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT, RESEARCH_ONLY, Label
 from malaria_ray.stages.views import Results, check_cells, connect, open_results
 from malaria_ray.statistics.audit import label_audit, likely_wrong, mean_score, metrics_with_and_without
@@ -160,8 +160,8 @@ def _print_report(path: UPath, success: dict[str, Any]) -> None:
         for metric in _SHOWN:
             row = of.loc[metric]
             cells = (
-                f"{_number(row['value'])} ({row['n']:,})",
-                f"{_number(row['value_without'])} ({row['n_without']:,})",
+                f"{number(row['value'])} ({row['n']:,})",
+                f"{number(row['value_without'])} ({row['n_without']:,})",
             )
             shown.add_row(escape(printable(str(name))), metric, *cells)
     out.print(shown)
@@ -184,7 +184,3 @@ def _print_report(path: UPath, success: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     out.print(RESEARCH_ONLY)
-
-
-def _number(value: float) -> str:
-    return "undefined" if pd.isna(value) else f"{value:.4f}"

@@ -18,7 +18,7 @@ from upath import UPath
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.provenance import code_digest
-from malaria_ray.runtime.terminal import console
+from malaria_ray.runtime.terminal import console, number
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
 from malaria_ray.stages.views import Results, check_cells, connect, known_patients_line, open_results
@@ -69,13 +69,14 @@ def run(config: Config) -> None:
         "seed": config.seed,
         "code_digest": code_digest(),
     }
-    if marker.exists() and storage.read_json(marker)["identity"] == identity:
-        log.info("%s is evaluated; nothing to do", results)
-    else:
-        storage.remove(marker)
-        files = _evaluate(config, opened)
-        storage.write_json(marker, {"identity": identity, "files": files})
     with connect([opened]) as connection:
+        if marker.exists() and storage.read_json(marker)["identity"] == identity:
+            log.info("%s is evaluated; nothing to do", results)
+        else:
+            storage.remove(marker)
+            known = connection.sql("SELECT image_id, split FROM cells").df()
+            files = _evaluate(config, opened, known.set_index("image_id")["split"])
+            storage.write_json(marker, {"identity": identity, "files": files})
         notice = known_patients_line(connection, opened)
     _print_report(
         storage.read_table(results / "metrics").to_pandas(),
@@ -115,12 +116,11 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
     )[DIFFERENCES.names]
 
 
-def _evaluate(config: Config, opened: Results) -> dict[str, storage.FileRecord]:
+def _evaluate(config: Config, opened: Results, split: pd.Series) -> dict[str, storage.FileRecord]:
+    """Writes the tables. `split`: of each image, by image_id (index)."""
     results, success = opened.path, opened.success
     predictions = storage.read_table(results / "predictions").to_pandas()
-    with connect([opened]) as connection:
-        known = connection.sql("SELECT image_id, split FROM cells").df().set_index("image_id")
-    predictions["split"] = predictions["image_id"].map(known["split"])
+    predictions["split"] = predictions["image_id"].map(split)
     threshold = float(success["threshold"])
     validation = _validation(results)
     patients = pd.DataFrame(columns=PATIENTS.names)
@@ -312,7 +312,7 @@ def _metrics_table(cells: pd.DataFrame, splits: Sequence[str], success: dict[str
         table.add_row(
             name,
             *(
-                _number(rows["value"][name]) + _interval(rows["ci_low"][name], rows["ci_high"][name])
+                number(rows["value"][name]) + _interval(rows["ci_low"][name], rows["ci_high"][name])
                 for rows in of_split.values()
             ),
         )
@@ -341,13 +341,9 @@ def _classification_report(value: pd.Series, split: str) -> RichTable:
         ),
         (Label.parasitized, "precision", "sensitivity", "f1", "n_false_negative", "n_true_positive"),
     ):
-        rates = (_number(value[name]) for name in (precision, recall, f1))
+        rates = (number(value[name]) for name in (precision, recall, f1))
         report.add_row(label.name, *rates, f"{value[uninfected]:,.0f}", f"{value[parasitized]:,.0f}")
     return report
-
-
-def _number(value: float) -> str:
-    return "undefined" if pd.isna(value) else f"{value:.4f}"
 
 
 def _interval(low: float, high: float) -> str:

@@ -14,7 +14,7 @@ from upath import UPath
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.terminal import console, folded, printable
+from malaria_ray.runtime.terminal import console, folded, number, printable
 from malaria_ray.schema import RESEARCH_ONLY, Label
 from malaria_ray.stages.pictures import runs_figure
 from malaria_ray.stages.views import check_cells, connect, open_results
@@ -154,7 +154,7 @@ def _test_table(runs: Sequence[Run], *, n_resamples: int, seed: int) -> RichTabl
         if run.test is None:
             continue
         values, intervals = _test_metrics(run.test, n_resamples=n_resamples, seed=seed)
-        shown = [_number(values[name]) + _interval(*intervals[name]) for name in _SHOWN]
+        shown = [number(values[name]) + _interval(*intervals[name]) for name in _SHOWN]
         table.add_row(escape(printable(run.name)), f"{len(run.test):,}", *shown)
     return folded(table)
 
@@ -171,10 +171,6 @@ def _test_metrics(test: pd.DataFrame, *, n_resamples: int, seed: int) -> tuple[d
         values |= {name: found[name] for name in names}
         intervals |= {name: ends[name] for name in names}
     return values, intervals
-
-
-def _number(value: float) -> str:
-    return "undefined" if np.isnan(value) else f"{value:.4f}"
 
 
 def _interval(low: float, high: float) -> str:

@@ -140,11 +140,10 @@ def threshold_for_specificity(label: ArrayLike, score: ArrayLike, specificity: f
     n = len(uninfected)
     check_specificity(specificity, n)
     highest_negative = uninfected[_rank(n, specificity) - 1]
-    n_saturated = int(np.sum(uninfected >= 1 - CLIP))
     if highest_negative >= 1 - CLIP:
         raise DatasetError(
-            f"{n_saturated} of {n} uninfected validation cells have a score of 1: no threshold gives "
-            f"a specificity of {specificity:g}; lower it or train a better model"
+            f"{np.sum(uninfected >= 1 - CLIP)} of {n} uninfected validation cells have a score of 1: no threshold "
+            f"gives a specificity of {specificity:g}; lower it or train a better model"
         )
     return float(np.nextafter(highest_negative, highest_negative.dtype.type(1)))
 
