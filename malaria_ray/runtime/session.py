@@ -48,8 +48,8 @@ def n_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def room_for(*, cpus: int, gpus: int = 0) -> int:
-    """How many processes of so many CPUs (1 or more) and GPUs fit on the nodes of the cluster, were they empty."""
+def room_for(*, cpus: int = 0, gpus: float = 0) -> int:
+    """How many processes of so many CPUs and GPUs, not none of both, fit on the cluster's nodes, were they empty."""
     return _room(_nodes(), cpus, gpus)
 
 
@@ -65,12 +65,17 @@ def has_autoscaler() -> bool:
     return ray_state.get_max_resources_from_cluster_config() is not None
 
 
+def may_grow() -> bool:
+    """Whether nodes may join that are not there yet: those of a cluster; a Ray started for one command has its own."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _room(nodes: list[dict[str, float]], cpus: int, gpus: int) -> int:
-    needs = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+def _room(nodes: list[dict[str, float]], cpus: int, gpus: float) -> int:
+    needs = {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
     return int(sum(min(node.get(name, 0) // n for name, n in needs.items()) for node in nodes))
 
 

@@ -33,7 +33,7 @@ from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, bf16_fault, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
-from malaria_ray.runtime.session import ray_session, room_for
+from malaria_ray.runtime.session import may_grow, ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
@@ -45,6 +45,7 @@ log = logging.getLogger("malaria_ray")
 
 _BLOCK_ROWS = 1024  # what one actor takes at a time, and at most loses when it is killed
 _PART_ROWS = 250_000  # of a published file: what the driver holds at a time
+_DERIVED = ("metrics", "curves", "patients", "review", "differences", "report", "catalog.sql", "croissant.json")
 SORTED_BY = ("patient_id", "image_id")
 _SORT_MEMORY = "512MB"  # of the driver's, for sorting; the rest goes to disk
 _WATCH_EVERY_S = 2.0
@@ -211,6 +212,7 @@ def run(config: Config) -> None:
     del listing  # what the driver holds grows with the archive: no more of it than is needed
     scored = time.monotonic()
 
+    _remove_derived(results)
     with _scored_rows(results, n_files) as rows:
         files |= _publish(rows, results)
         counts = _counts(rows)
@@ -271,26 +273,24 @@ def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"])
 
 
 def _pool(config: Config) -> tuple[int, int]:
-    """Least and most scoring actors. Raises: `ConfigError` where the cluster has no GPU for one of them."""
-    if not config.gpus_per_actor:
-        room = room_for(cpus=config.cpus_per_actor)
-        if not room and not config.num_actors and config.cpus_per_actor > 1:  # one is what an autoscaler starts with
-            raise ConfigError(
-                f"--cpus-per-actor {config.cpus_per_actor}: no node has so many CPUs; lower it, or give --num-actors "
-                "where such nodes are started when they are asked for"
-            )
-        return config.actor_range or (max(1, room),) * 2
-    n_gpus = ray.cluster_resources().get("GPU", 0)
-    if n_gpus < config.gpus_per_actor and not config.num_actors:  # else nodes with GPUs may still be to start
-        raise ConfigError(
-            f"--gpus-per-actor {config.gpus_per_actor:g}: the cluster has {n_gpus:g} GPUs; leave the flag away, or "
-            "give --num-actors where nodes with GPUs are started when they are asked for"
-        )
-    probe = ray.remote(gpu_fault).options(num_gpus=config.gpus_per_actor, num_cpus=0)
-    fault = ray.get(probe.remote(config.engine))
-    if fault:
-        log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
-    return config.actor_range or (max(1, int(n_gpus / config.gpus_per_actor)),) * 2
+    """Least and most scoring actors. Raises: `ConfigError` where no node has room for one, and none is waited for."""
+    gpus, cpus = config.gpus_per_actor, 0 if config.gpus_per_actor else config.cpus_per_actor
+    room = room_for(cpus=cpus, gpus=gpus)
+    if not room:
+        asked = f"--gpus-per-actor {gpus:g}" if gpus else f"--cpus-per-actor {cpus}"
+        have = f"no node has so many {'GPUs' if gpus else 'CPUs'}"
+        is_awaited = config.num_actors or cpus == 1  # with one of those an autoscaler starts
+        if not (is_awaited and may_grow()):
+            way = ", or give --num-actors where such nodes are started when they are asked for" if may_grow() else ""
+            raise ConfigError(f"{asked}: {have}; lower it{way}")
+        log.info("waiting for nodes: %s asks for more than those that are there have", asked)
+    if gpus:
+        probe = ray.remote(gpu_fault).options(num_gpus=gpus, num_cpus=0)
+        fault = ray.get(probe.remote(config.engine))
+        if fault:
+            log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
+        room = room_for(gpus=gpus)
+    return config.actor_range or (max(1, room),) * 2
 
 
 def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Config, pool: tuple[int, int]) -> int:
@@ -412,6 +412,14 @@ def _one(rows: duckdb.DuckDBPyConnection, query: str, *parameters: Any) -> tuple
     return row
 
 
+def _remove_derived(results: UPath) -> None:
+    """Removes what was made from predictions that are published anew: finished results that were opened again."""
+    for path in (results / name for name in _DERIVED):
+        if path.exists():
+            log.info("%s told of the predictions before and is removed; make it again", path)
+            storage.remove(path)
+
+
 def _publish(rows: duckdb.DuckDBPyConnection, results: UPath) -> dict[str, FileRecord]:
     """Writes predictions/ and quarantine/, sorted by patient and image, in few files."""
     reasons = f"SELECT *, 'screen' AS stage, status AS reason FROM scored WHERE status != '{OK}'"
@@ -486,10 +494,6 @@ def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
     storage.write_table(work / "retried.parquet", retried)
     check_same_listing(work, _without_retried(listing, work))
     storage.remove(results / outputs.SUCCESS)
-    for name in ("metrics", "patients", "differences", "report"):  # made from the predictions that were
-        if (results / name).exists():
-            log.info("%s told of the predictions before and is removed; make it again", results / name)
-            storage.remove(results / name)
     log.info("%s: %s quarantined files are tried again", results, f"{n_again:,}")
     return True
 

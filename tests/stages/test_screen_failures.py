@@ -26,7 +26,7 @@ from stages.test_screen import predictions_of, screen_of
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import storage
-from malaria_ray.stages import ledger, screen, verify
+from malaria_ray.stages import ledger, report, screen, verify
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,11 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     results = tmp_path / "results"
     before = screen_of(with_a_hole, results, line.run)
     assert len(before) == 9
+    published = set(results.iterdir())
+    report.run(report.Config(results=str(results)))
+    for name in ("metrics", "curves", "patients", "review", "differences"):
+        (results / name).mkdir()
+        (results / name / "part-00000.parquet").write_bytes(b"of the predictions before")
     (tmp_path / "away.png").rename(tmp_path / "nowhere.png")
     if is_killed:  # just after the results became unfinished; the command without the flag finishes them
         assert screen._reopen(storage.locate(str(results)), "unreadable")
@@ -190,6 +195,7 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     else:
         after = screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
     assert len(after) == 10
+    assert set(results.iterdir()) == published
     pd.testing.assert_frame_equal(after.loc[before.index], before)
     success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
     assert success["timings"]["images_scored"] == 1
@@ -243,12 +249,11 @@ def test_flags_that_cannot_work_are_refused(flags: dict, said: str):
         screen.Config(source="a", results="b", model="c", **flags)
 
 
-def test_more_cpus_than_a_node_has_are_refused(line: Line, tmp_path: Path):
-    config = screen.Config(
-        source=str(line.archive), results=str(tmp_path / "results"), model=str(line.run), cpus_per_actor=3
-    )
-    with pytest.raises(ConfigError, match="--cpus-per-actor 3: no node has so many CPUs"):
-        screen.run(config)
+@pytest.mark.parametrize("num_actors", [None, "1", "1-4"])
+def test_more_cpus_than_a_node_has_are_refused(line: Line, tmp_path: Path, num_actors: str | None):
+    """And not waited for: no node joins the Ray that a command starts for itself."""
+    with pytest.raises(ConfigError, match="--cpus-per-actor 3: no node has so many CPUs; lower it$"):
+        screen_of(line.archive, tmp_path / "results", line.run, cpus_per_actor=3, num_actors=num_actors)
 
 
 def test_tasks_on_cpus_feed_actors_on_gpus(line: Line, with_a_hole: Path, tmp_path: Path, caplog):
@@ -261,9 +266,16 @@ def test_tasks_on_cpus_feed_actors_on_gpus(line: Line, with_a_hole: Path, tmp_pa
     verify.run(verify.Config(directory=str(tmp_path / "gpu")))
 
 
-def test_more_gpus_than_the_cluster_has_are_refused_in_one_line(line: Line, tmp_path: Path):
-    with pytest.raises(ConfigError, match="--gpus-per-actor 2: the cluster has 1 GPUs"):
-        screen_of(line.archive, tmp_path / "results", line.run, gpus_per_actor=2)
+@pytest.mark.parametrize("num_actors", [None, "1"])
+def test_more_gpus_than_a_node_has_are_refused_in_one_line(line: Line, tmp_path: Path, num_actors: str | None):
+    with pytest.raises(ConfigError, match="--gpus-per-actor 2: no node has so many GPUs; lower it$"):
+        screen_of(line.archive, tmp_path / "results", line.run, gpus_per_actor=2, num_actors=num_actors)
+
+
+def test_more_actors_than_have_room_are_not_waited_for(line: Line, tmp_path: Path):
+    pd.testing.assert_frame_equal(
+        screen_of(line.archive, tmp_path / "results", line.run, num_actors="8"), predictions_of(line.results)
+    )
 
 
 def test_a_pool_may_grow(line: Line, tmp_path: Path):
