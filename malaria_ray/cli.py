@@ -15,6 +15,7 @@ from rich.console import Console
 
 from malaria_ray import __version__
 from malaria_ray.errors import ConfigError, MalariaRayError
+from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.schema import RESEARCH_ONLY
 
 COMMANDS = {
@@ -108,7 +109,7 @@ def _module(command: str) -> Any:
 
 def _configure_output(debug: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log = logging.getLogger("malaria_ray")
     log.handlers[:] = [handler]
     log.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -119,14 +120,21 @@ def _configure_output(debug: bool) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 def _unexpected(error: BaseException) -> str:
     """An error that is not ours: Ray puts whole tracebacks into its messages, whose last line is what was raised."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[-1].split())[:400]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {without_secrets(' '.join(lines[-1].split()))[:400]}"
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return without_secrets(" ".join(str(error).split()))
 
 
 def _print_help() -> None:

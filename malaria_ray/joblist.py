@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from malaria_ray.runtime import jobs
+from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.terminal import console
 
 
@@ -28,7 +29,7 @@ def run(config: Config) -> None:
             str(jobs.exit_status(job)) if job.status.is_terminal() else "",
             _at(job.start_time),
             f"{(job.end_time - job.start_time) / 1000:,.0f}" if job.start_time and job.end_time else "",
-            job.entrypoint.removeprefix("python -m malaria_ray "),
+            without_secrets(job.entrypoint.removeprefix("python -m malaria_ray ")),
         )
     console().print(table)
 

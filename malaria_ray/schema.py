@@ -434,7 +434,7 @@ LISTING = Table(
         LABEL,
         PATIENT_ID,
         N_BYTES,
-        Column("container", pa.string(), "URL of the folder or file that holds it"),
+        Column("container", pa.string(), "URL of the folder or file that holds it, without passwords and signatures"),
         Column(
             "method",
             pa.string(),

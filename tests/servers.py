@@ -21,6 +21,7 @@ class Site:
     `ranges`: answered with 206, `ignored`, or `refused` by the header `Accept-Ranges: none`.
     `cuts`: one number taken by each GET in turn: bytes of the body after which the connection is closed; None is whole.
     `is_chunked`: sends the body in one chunk, which a cut leaves incomplete.
+    `secret`: what the address must hold behind a question mark, else the answer is 403.
     `statuses`: one taken by each GET in turn, instead of an answer.
     """
 
@@ -28,6 +29,7 @@ class Site:
     ranges: str = "answered"
     says_length: bool = True
     is_chunked: bool = False
+    secret: str = ""
     cuts: list[int | None] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
@@ -164,6 +166,8 @@ def _handler(site: Site) -> type[BaseHTTPRequestHandler]:
             site.requests.append((method, asked))
             if method == "GET" and site.statuses:
                 return self._refuse(site.statuses.pop(0))
+            if site.secret not in self.path.partition("?")[2]:
+                return self._refuse(403)
             body = site.files.get(self.path.partition("?")[0])
             if body is None:
                 return self._refuse(404)

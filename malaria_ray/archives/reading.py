@@ -22,6 +22,7 @@ from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels, content_digest, decode, resize
 from malaria_ray.errors import ImageRefused, ReadError
 from malaria_ray.runtime import storage
+from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.schema import OK, Reason
 
 MAX_FILE_BYTES = 512 * 1024**2
@@ -244,7 +245,7 @@ def _not_there() -> ReadError:
 
 
 def _unreadable(error: BaseException) -> ReadError:
-    return ReadError(Reason.UNREADABLE, f"{type(error).__name__}: {error}")
+    return ReadError(Reason.UNREADABLE, without_secrets(f"{type(error).__name__}: {error}"))
 
 
 def _rows_of(path: UPath, rows: npt.NDArray[np.int64]) -> pa.Table:

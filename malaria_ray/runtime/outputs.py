@@ -22,6 +22,7 @@ from upath import UPath
 from malaria_ray.errors import DirectoryError, NotCompleteError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.provenance import provenance
+from malaria_ray.runtime.redaction import without_secrets_in
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.schema import PROVENANCE
 
@@ -53,7 +54,7 @@ def prepare(
     `may_change` what another run may change as long as the directory is unfinished.
     Raises: `DirectoryError` where the directory holds something else, or the same with another identity.
     """
-    identity = json.loads(json.dumps(identity, default=str))
+    identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
     if overwrite:
         _check_is_ours(path, stage)
         _empty(path, stage)
@@ -161,7 +162,8 @@ def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
 
 def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]) -> None:
     content = {"stage": stage, "created_at": _now(), "identity": identity, "config": asdict(config)}
-    storage.write_json(path / _CONFIG_FILE[stage], {**content, "provenance": provenance()})
+    content |= {"provenance": provenance()}
+    storage.write_json(path / _CONFIG_FILE[stage], without_secrets_in(content))
 
 
 def _check_is_ours(path: UPath, stage: str) -> None:

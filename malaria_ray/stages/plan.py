@@ -28,6 +28,7 @@ from malaria_ray.cells.patients import file_names
 from malaria_ray.errors import ConfigError, ImageRefused, ModelError, ReadError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import Label, Reason
@@ -105,7 +106,7 @@ def run(config: Config) -> None:
         batch_size=config.batch_size,
     )
     plan = {
-        "source": archive.url,
+        "source": without_secrets(archive.url),
         "run_id": trained["run_id"],
         "engine": config.engine,
         "image_size": trained["image_size"],

@@ -33,6 +33,7 @@ from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, bf16_fault, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
+from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
@@ -180,7 +181,7 @@ def run(config: Config) -> None:
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
     check_same_listing(results / outputs.WORK, _without_retried(listing, results / outputs.WORK))
-    files = outputs.write_table(results, "listing.parquet", listing, stage="screen")
+    files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
@@ -270,6 +271,16 @@ def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"])
             f"{splits['image_id'][0].as_py()!r}; --split needs the dataset or archive that the run was trained from"
         )
     return kept.set_column(0, "key", pa.array(np.arange(kept.num_rows)))
+
+
+def _without_secrets(listing: pa.Table) -> pa.Table:
+    """The listing as others may read it: a signed URL opens the archive to whoever knows it."""
+    known = pc.unique(listing["container"])
+    told = [without_secrets(container) for container in known.to_pylist()]
+    if told == known.to_pylist():
+        return listing
+    column = pc.take(pa.array(told), pc.index_in(listing["container"], value_set=known))
+    return listing.set_column(listing.schema.get_field_index("container"), "container", column)
 
 
 def _pool(config: Config) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import samples
 from samples import zip_of
@@ -297,3 +298,18 @@ def test_crops_of_a_slice_and_of_many_chunks_are_the_rows_own() -> None:
     assert crop_pixels(column.slice(2, 3), image_size=16)[:, 0, 0, 0].tolist() == [2, 3, 4]
     assert crop_pixels(column.slice(1, 2), image_size=16)[:, 0, 0, 0].tolist() == [1, 2]
     assert crop_pixels(column.slice(0, 0), image_size=16).shape == (0, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["cells.zip", "cells.parquet"])
+def test_what_is_said_of_a_refused_read_holds_no_signature(folder: Path, name: str):
+    images = pa.table({"image": pa.array([samples.noise(1)], pa.binary())})
+    buffer = pa.BufferOutputStream()
+    pq.write_table(images, buffer)
+    files = {"/cells.zip": zip_of(FILES), "/cells.parquet": buffer.getvalue().to_pybytes()}
+    with serve(Site(files, secret="secret-1")) as site:
+        listing = list_archive(open_archive(f"{site.url}/{name}?sig=secret-1"))
+        site.secret = "secret-2"
+        refused = [file for file in read_files(listing) if not isinstance(file, bytes)]
+    assert len(refused) == listing.num_rows
+    assert not [file.detail for file in refused if "secret" in file.detail]
+    assert f"{site.url}/{name}" in refused[0].detail

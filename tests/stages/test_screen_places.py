@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +21,9 @@ import pytest
 from servers import FaultyProxy, Site, faulty, serve
 from stages.conftest import Line
 from stages.test_screen import predictions_of, screen_of
+
+from malaria_ray import cli
+from malaria_ray.runtime import storage
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,39 @@ def test_zip_behind_http_gives_the_same_scores(line: Line, tmp_path: Path):
         found = screen_of(f"{site.url}/cells.zip", tmp_path / "results", line.run)
         assert all(range_ for range_ in site.gets())
     pd.testing.assert_frame_equal(found, predictions_of(line.results), check_exact=True)
+
+
+def test_a_signed_url_leaves_no_secret_and_may_be_signed_anew(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """A screening that stopped goes on by an address with a new signature; no file of it holds either."""
+    archive = Path(shutil.copy(line.archive, tmp_path / "cells.zip"))
+    with zipfile.ZipFile(archive, "a") as cells:
+        cells.writestr("Thumbs.db", "no image")
+    results = tmp_path / "results"
+
+    def screened(secret: str, *more: str) -> int:
+        url = f"{site.url}/cells.zip?Signature={secret}".replace("http://", "http://me:pass-word@")
+        command = ["screen", url, str(results), "--model", str(line.run), *more]
+        monkeypatch.setattr(sys, "argv", ["malaria-ray", *command])
+        return cli.main(command)
+
+    with serve(Site({"/cells.zip": archive.read_bytes()}, secret="secret-1")) as site:
+        assert screened("secret-0") == 1
+        assert screened("secret-1", "--max-bad-fraction", "0") == 1
+        site.secret = "secret-2"
+        assert screened("secret-2") == 0
+    timings = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))["timings"]
+    assert timings["images_scored"] == 0
+    told = "".join(capsys.readouterr())
+    assert f"{site.url}/cells.zip" in told
+    for file in (file for file in results.rglob("*") if file.is_file()):
+        told += file.read_bytes().decode(errors="replace")
+        if file.suffix == ".parquet":
+            table = pq.read_table(file)
+            told += f"{table.schema.metadata} {table.to_pylist()}"
+    assert f"{site.url}/cells.zip" in pq.read_table(results / "listing.parquet")["container"].to_pylist()
+    assert not re.findall("secret-.|pass-word", told)
 
 
 @pytest.mark.slow
