@@ -111,7 +111,7 @@ def train(
     callbacks.on_train_begin()
 
     @jax.jit
-    def step(state: Any, chosen: Any, labels: Any, draws: Any) -> Any:
+    def step(images: Any, state: Any, chosen: Any, labels: Any, draws: Any) -> Any:
         changed = augment(images[chosen], draws)
 
         def loss_of(trainable: Any, others: Any) -> Any:
@@ -126,13 +126,13 @@ def train(
         return (trainable, others, of_optimizer), sums
 
     @jax.jit
-    def scores_of(trainable: Any, others: Any, chosen: Any) -> Any:
+    def scores_of(images: Any, trainable: Any, others: Any, chosen: Any) -> Any:
         return model.stateless_call(trainable, others, images[chosen], training=False)[0][:, 0]
 
     def score(chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         trainable, others = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
         starts = range(0, len(chosen), _SCORED_AT_ONCE)
-        return np.concatenate([scores_of(trainable, others, chosen[s : s + _SCORED_AT_ONCE]) for s in starts])
+        return np.concatenate([scores_of(images, trainable, others, chosen[s : s + _SCORED_AT_ONCE]) for s in starts])
 
     begun_with = [np.asarray(v.value) for v in model.trainable_variables]
     best, best_loss = begun_with, np.inf
@@ -149,7 +149,7 @@ def train(
         sums = []
         for start in range(0, len(order), batch_size):
             mine = order[start : start + batch_size]
-            state, of_step = step(state, of_train[mine], label[of_train[mine]], draws[mine])
+            state, of_step = step(images, state, of_train[mine], label[of_train[mine]], draws[mine])
             sums.append(of_step)
         loss, n_correct = np.sum(np.asarray(jnp.stack(sums), np.float64), axis=0)
         trained = time.monotonic()

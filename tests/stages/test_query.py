@@ -319,6 +319,7 @@ def test_hostile_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, cap
         ("SELECT * FROM prediction", "no table prediction; allowed are runs, predictions,"),
         ("SELECT scores FROM predictions", 'column "scores" not found'),
         ("SELEC 1", "syntax error"),
+        (" -- not yet", "the SQL holds no statement"),
     ],
 )
 def test_wrong_sql_is_one_clear_line(two: tuple[str, str], sql: str, said: str, capsys: pytest.CaptureFixture[str]):
@@ -326,6 +327,11 @@ def test_wrong_sql_is_one_clear_line(two: tuple[str, str], sql: str, said: str, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert said.lower() in lines[0].lower()
+
+
+def test_the_last_of_several_statements_is_the_answer(two: tuple[str, str]):
+    sql = "SET TimeZone = 'UTC'; CREATE TABLE mine AS FROM predictions LIMIT 3; SELECT image_id FROM mine"
+    assert ask((two[0],), sql=sql).shape == (3, 1)
 
 
 def test_a_table_that_is_not_there_is_told_with_what_makes_it(tmp_path: Path):
