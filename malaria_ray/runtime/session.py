@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._private.state import state as ray_state
 from ray.data import DataContext
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from malaria_ray.errors import ConfigError, MalariaRayError
 from malaria_ray.runtime.quiet import stderr_silenced
@@ -60,14 +60,21 @@ def cpus_for_each_of(n: int, *, gpus: int = 0) -> int:
     return next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus, gpus) >= n), 1)
 
 
-def has_autoscaler() -> bool:
-    """Whether nodes may be started that are not there yet, as Ray Train asks it."""
-    return ray_state.get_max_resources_from_cluster_config() is not None
-
-
 def may_grow() -> bool:
     """Whether nodes may join that are not there yet: those of a cluster; a Ray started for one command has its own."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def is_room_made(n: int, *, cpus: int, gpus: int = 0, within_s: float) -> bool:
+    """Asks the cluster for room for `n` processes of so many CPUs and GPUs, as an autoscaler hears it; whether there is
+    in time.
+    """
+    needs = {name: float(amount) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+    group = placement_group([needs] * n)
+    try:
+        return bool(group.wait(within_s))
+    finally:
+        remove_placement_group(group)
 
 
 def _nodes() -> list[dict[str, float]]:

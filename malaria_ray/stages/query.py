@@ -90,7 +90,7 @@ def run(config: Config) -> None:
     try:
         answer = connection.sql(config.sql)
         if answer is None:
-            raise QueryError("the SQL holds no statement; give one in quotes, or --example NAME (--examples lists them)")
+            raise QueryError("the SQL holds no statement; give one in quotes, or --example NAME")
         if config.format == "table":
             _print_table(connection.sql("FROM answer"), config.max_rows)  # names columns as _write does
         else:

@@ -38,7 +38,7 @@ from malaria_ray.models.validating import Validated, validate
 from malaria_ray.models.weights import load_weights
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
-from malaria_ray.runtime.session import cpus_for_each_of, has_autoscaler, n_cpus, ray_session, room_for
+from malaria_ray.runtime.session import cpus_for_each_of, is_room_made, may_grow, n_cpus, ray_session, room_for
 from malaria_ray.schema import HISTORY, SPLITS, Label, Split
 from malaria_ray.stages.pictures import augmented_figure, learning_curves_figure
 from malaria_ray.statistics.calibration import check_specificity
@@ -46,6 +46,7 @@ from malaria_ray.statistics.validation import Validation, learn_from_validation
 
 log = logging.getLogger("malaria_ray")
 
+_WAIT_FOR_NODES_S = 600  # a machine of a cloud with a GPU takes minutes to start
 _N_PROBE = 64  # real crops on which model.keras and model.onnx are compared
 
 
@@ -336,17 +337,23 @@ def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificit
 
 
 def _check_resources(num_workers: int, cpus: int, gpus: int) -> None:
-    """Raises: `TrainingError` where the nodes have no room for the workers, and no others can be asked for."""
+    """Waits for the nodes of a cluster. Raises: `TrainingError` where there is no room for the workers, nor comes."""
     room = room_for(cpus=cpus, gpus=gpus)
     if room >= num_workers:
         return
     each = f"{cpus} CPUs and {gpus} GPUs" if gpus else f"{cpus} CPUs"
-    if not has_autoscaler():
-        raise TrainingError(
-            f"the cluster's nodes have room for {room} workers of {each}, {num_workers} are asked for; "
-            "lower --num-workers, --cpus-per-worker or --gpus-per-worker, or add nodes"
+    if may_grow():  # nothing in Ray tells whether an autoscaler is there (ray-project/ray#63012): ask, and see
+        log.info(
+            "waiting up to %d s for nodes: there is room for %d workers of %s, %d are asked for",
+            *(_WAIT_FOR_NODES_S, room, each, num_workers),
         )
-    log.info("waiting for nodes: there is room for %d workers of %s, %d are asked for", room, each, num_workers)
+        if is_room_made(num_workers, cpus=cpus, gpus=gpus, within_s=_WAIT_FOR_NODES_S):
+            return
+        room = room_for(cpus=cpus, gpus=gpus)
+    raise TrainingError(
+        f"the cluster's nodes have room for {room} workers of {each}, {num_workers} are asked for; "
+        "lower --num-workers, --cpus-per-worker or --gpus-per-worker, or add nodes"
+    )
 
 
 def _check_initial_run(url: str, same_split: dict[str, Any]) -> tuple[str, str]:

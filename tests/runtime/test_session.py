@@ -32,9 +32,37 @@ with ray_session():
 """
 
 
+_A_NODE_JOINS = """
+import subprocess, sys, threading, time
+import ray
+from malaria_ray.runtime.session import is_room_made, room_for
+
+ray.init(address="local", num_cpus=1, include_dashboard=False)
+print("at first:", is_room_made(2, cpus=1, within_s=1))
+join = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--block", "--disable-usage-stats"]
+join.append("--address=" + ray.get_runtime_context().gcs_address)
+node = subprocess.Popen(join, stdout=subprocess.DEVNULL)
+print("with a node:", is_room_made(2, cpus=1, within_s=120), room_for(cpus=1))
+deadline = time.monotonic() + 30
+while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+    time.sleep(0.1)
+print("left free:", ray.available_resources()["CPU"])
+ray.shutdown()
+node.terminate()
+node.wait()
+"""
+
+
 def test_tasks_beside_actors_that_hold_all_cpus_do_not_start_a_process_each():
     """Ray's default ends a worker after 1 s where actors hold the CPUs; a new one takes 1 s of a CPU that scores."""
     own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     run = [sys.executable, "-c", _WRITES_BETWEEN_BLOCKS]
     told = subprocess.run(run, env=own, capture_output=True, text=True, check=True).stdout
     assert "processes: 1" in told
+
+
+def test_room_is_waited_for_until_a_node_joins():
+    own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    run = [sys.executable, "-c", _A_NODE_JOINS]
+    told = subprocess.run(run, env=own, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == ["at first: False", "with a node: True 2", "left free: 2.0"]

@@ -26,7 +26,7 @@ from upath import UPath
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.splits import assign_splits
 from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, ModelError, NotCompleteError, TrainingError
-from malaria_ray.runtime import session, storage
+from malaria_ray.runtime import storage
 from malaria_ray.runtime.session import cpus_for_each_of, room_for
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
@@ -211,10 +211,14 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
         train_of(line.dataset, tmp_path / "run", gpus_per_worker=2)
 
 
-def test_where_nodes_can_be_started_more_workers_are_waited_for(monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(session.ray_state, "get_max_resources_from_cluster_config", lambda: {"CPU": 64})
-    train._check_resources(3, 1, 0)
-    assert "waiting for nodes: there is room for 2 workers of 1 CPUs, 3 are asked for" in caplog.text
+def test_on_a_cluster_nodes_are_waited_for_but_not_for_ever(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    monkeypatch.setattr(train, "_WAIT_FOR_NODES_S", 2)
+    with pytest.raises(TrainingError, match="room for 2 workers of 1 CPUs, 3 are asked for; lower --num-workers"):
+        train_of(line.dataset, tmp_path / "run", num_workers=3)
+    assert "waiting up to 2 s for nodes: there is room for 2 workers of 1 CPUs, 3 are asked for" in caplog.text
 
 
 def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.MonkeyPatch):
