@@ -62,7 +62,7 @@ def cpus_for_each_of(n: int, *, gpus: int = 0) -> int:
 
 def may_grow() -> bool:
     """Whether nodes may join that are not there yet: those of a cluster; a Ray started for one command has its own."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def is_room_made(n: int, *, cpus: int, gpus: int = 0, within_s: float) -> bool:
