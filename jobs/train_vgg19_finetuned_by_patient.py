@@ -3,7 +3,7 @@
 command:   ray job submit --working-dir . -- python jobs/train_vgg19_finetuned_by_patient.py DATASET RUN FROZEN
 hardware:  one worker with all CPUs of a node, or its GPU
 time:      24 min for 10,678 crops on two CPU cores with AVX512-BF16 (17.7 images/s), 3 epochs
-result:    test accuracy 96.1 % (94.3 – 97.4) on 26 unseen patients
+result:    test accuracy 96.1 % (94.3 – 97.4) on 26 unseen patients, fully on an H100 96.7 %
 """
 
 import sys
