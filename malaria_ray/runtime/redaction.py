@@ -1,5 +1,5 @@
 """What URLs carry beside the address, names with passwords and the signatures behind a question mark, is a secret: it
-stands in no file, message or log line of ours. Whoever reads an archive by such a URL gives it anew.
+stands in no finished directory, message or log line of ours. Whoever reads an archive by such a URL gives it anew.
 """
 
 from __future__ import annotations
