@@ -162,8 +162,7 @@ def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
 
 def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]) -> None:
     content = {"stage": stage, "created_at": _now(), "identity": identity, "config": asdict(config)}
-    content |= {"provenance": provenance()}
-    storage.write_json(path / _CONFIG_FILE[stage], without_secrets_in(content))
+    storage.write_json(path / _CONFIG_FILE[stage], without_secrets_in({**content, "provenance": provenance()}))
 
 
 def _check_is_ours(path: UPath, stage: str) -> None:

@@ -69,8 +69,7 @@ def is_room_made(n: int, *, cpus: int, gpus: int = 0, within_s: float) -> bool:
     """Asks the cluster for room for `n` processes of so many CPUs and GPUs, as an autoscaler hears it; whether there is
     in time.
     """
-    needs = {name: float(amount) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    group = placement_group([needs] * n)
+    group = placement_group([_needs(cpus, gpus)] * n)
     try:
         return bool(group.wait(within_s))
     finally:
@@ -82,8 +81,13 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _room(nodes: list[dict[str, float]], cpus: int, gpus: float) -> int:
-    needs = {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+    needs = _needs(cpus, gpus)
     return int(sum(min(node.get(name, 0) // n for name, n in needs.items()) for node in nodes))
+
+
+def _needs(cpus: int, gpus: float) -> dict[str, float]:
+    """Resources of one process as Ray names them, without those that it needs none of."""
+    return {name: n for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
 
 
 def _start() -> None:

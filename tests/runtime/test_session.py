@@ -33,7 +33,7 @@ with ray_session():
 
 
 _A_NODE_JOINS = """
-import subprocess, sys, threading, time
+import subprocess, sys, time
 import ray
 from malaria_ray.runtime.session import is_room_made, room_for
 
