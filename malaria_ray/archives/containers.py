@@ -12,14 +12,17 @@ from typing import BinaryIO, cast
 import pyarrow as pa
 from upath import UPath
 
-from malaria_ray.errors import ArchiveError
+from malaria_ray.errors import ArchiveError, ReadError
 from malaria_ray.runtime import storage
+from malaria_ray.runtime.redaction import without_secrets
+from malaria_ray.schema import Reason
 
 log = logging.getLogger("malaria_ray")
 
 _NO_RANGES = "the server does not answer range requests"
 _WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try
 _READ_AHEAD = 8 * 1024**2  # of a remote file: its headers are read one after the other
+_DETAIL_LETTERS = 300  # kept of what a storage's client says: some append a whole page
 
 
 def open_file(path: UPath, *, is_read_in_order: bool) -> BinaryIO:
@@ -89,3 +92,9 @@ def not_read(path: UPath, error: Exception) -> ArchiveError:
             f"{path}: {_NO_RANGES} ({error}), which reading in place needs; download the file and give its path"
         )
     return ArchiveError(f"{path} cannot be read: {error}; check the address and your permissions")
+
+
+def unreadable(error: BaseException) -> ReadError:
+    """One line for what reading one image of the file raised, as it stands in quarantine."""
+    why = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+    return ReadError(Reason.UNREADABLE, why[:_DETAIL_LETTERS])

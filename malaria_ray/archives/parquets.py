@@ -28,7 +28,6 @@ from malaria_ray.archives.labels import label_number
 from malaria_ray.cells.images import content_digest
 from malaria_ray.errors import ArchiveError, ReadError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.schema import OK, PACKED, Reason
 
 T = TypeVar("T")
@@ -263,8 +262,7 @@ def _tried(read: Callable[[], T], waits_s: Sequence[float]) -> T | ReadError:
             return read()
         except Exception as error:  # storage's clients and Parquet's reader raise kinds of their own
             if wait_s is None or isinstance(error, (FileNotFoundError, PermissionError, IndexError)):
-                why = without_secrets(" ".join(str(error).split()))
-                return ReadError(Reason.UNREADABLE, f"{type(error).__name__}: {why[:300]}")
+                return containers.unreadable(error)
             time.sleep(wait_s)
     raise AssertionError("the last try returns")
 

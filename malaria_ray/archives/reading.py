@@ -22,7 +22,6 @@ from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels, content_digest, decode, resize
 from malaria_ray.errors import ImageRefused, ReadError
 from malaria_ray.runtime import storage
-from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.schema import OK, Reason
 
 MAX_FILE_BYTES = 512 * 1024**2
@@ -144,7 +143,7 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     sizes = [0 if storage.is_local(root) else row["n_bytes"] or 0 for row in rows]
     starts = [0 if size else None for size in sizes]  # "from 0" spares s3fs a request for the size of each
     for data in _fetch(root.fs, [prefix + row["image_id"] for row in rows], starts, [None] * n, sizes):
-        yield data if isinstance(data, bytes) else _unreadable(data)
+        yield data if isinstance(data, bytes) else containers.unreadable(data)
 
 
 def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
@@ -165,7 +164,7 @@ def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
         held = next(i for i in range(max(held, 0), len(requests)) if requests[i][0] <= start and end <= requests[i][1])
         data = fetched[held]
         if not isinstance(data, bytes):
-            yield _unreadable(data)
+            yield containers.unreadable(data)
             continue
         base = requests[held][0]
         if len(data) > requests[held][1] - base:
@@ -242,10 +241,6 @@ def _unpack(record: bytes, row: dict[str, Any]) -> bytes:
 
 def _not_there() -> ReadError:
     return ReadError(Reason.CORRUPT, "no zip member stands where the archive's directory says")
-
-
-def _unreadable(error: BaseException) -> ReadError:
-    return ReadError(Reason.UNREADABLE, without_secrets(f"{type(error).__name__}: {error}"))
 
 
 def _rows_of(path: UPath, rows: npt.NDArray[np.int64]) -> pa.Table:
