@@ -19,6 +19,9 @@ from malaria_ray.runtime.quiet import stderr_silenced
 log = logging.getLogger("malaria_ray")
 
 _KEPT_IDLE_MS = "60000"  # where actors hold the CPUs Ray ends other workers after 1 s; the next block started one anew
+# A task on a node that no packet reaches any more is given up after both, by Ray after 5 + 2 minutes. Its servers take
+# one ping a minute at most.
+_PING_EVERY_MS, _PING_TIMEOUT_MS = "65000", "30000"
 
 
 @contextmanager
@@ -104,6 +107,8 @@ def _start() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # else every start warns that its default will change
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", _KEPT_IDLE_MS)
+    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", _PING_EVERY_MS)
+    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", _PING_TIMEOUT_MS)
     if not is_debug:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ tells the terminal what it retries by itself
     options: dict[str, Any] = {"address": address, "logging_level": level, "log_to_driver": is_debug}

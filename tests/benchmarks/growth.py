@@ -131,7 +131,7 @@ def _plot(found: list[dict[str, Any]], out: Path) -> None:
     axes.set_title("Memory while screening", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / "growth.png", dpi=150)
+    material.save(figure, out / "growth.svg")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_a_cut_link_costs_no_image(cluster: Bed, line: Line):
     wait_for("two parts", lambda: n_parts(results) >= 2, process=process)
     cluster.script("cut-link", "4")
     assert "link cut" in cluster.script("status")
-    output = process.communicate(timeout=600)[0]
+    output = process.communicate(timeout=300)[0]  # by Ray's own keep-alive it waits for more than 7 minutes
     cluster.script("heal-link", "4")
     assert process.returncode == 0, output
     check_results(cluster, results, 7200)
