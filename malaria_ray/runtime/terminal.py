@@ -77,17 +77,20 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Report]:
 
 def _lines(what: str, total: int, unit: str) -> Report:
     begun = last = time.monotonic()
-    done = 0
+    done, first = 0, (begun, 0)
 
     def report(n: int, note: str = "") -> None:
-        nonlocal done, last
+        nonlocal done, last, first
         done += n
         now = time.monotonic()
+        if done == n:
+            first = now, n
         if (done < total or not total) and now - last < _LOG_EVERY_S:
             return
         last = now
         rate = done / max(now - begun, 1e-9)
-        left = (total - done) / rate if rate else float("inf")
+        since, before = first if now > first[0] else (begun, 0)  # without what it took to start
+        left = (total - done) * (now - since) / (done - before) if done > before else float("inf")
         ending = f", {left:,.0f} s left" if done < total else f" in {now - begun:,.1f} s"
         whole = f"{total:,}" if total else "an unknown number of"
         log.info(
