@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 from upath import UPath
@@ -18,6 +18,8 @@ from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.schema import Reason
 
 log = logging.getLogger("malaria_ray")
+
+T = TypeVar("T")
 
 _NO_RANGES = "the server does not answer range requests"
 _WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try
@@ -92,6 +94,18 @@ def not_read(path: UPath, error: Exception) -> ArchiveError:
             f"{path}: {_NO_RANGES} ({error}), which reading in place needs; download the file and give its path"
         )
     return ArchiveError(f"{path} cannot be read: {error}; check the address and your permissions")
+
+
+def tried(read: Callable[[], T], waits_s: Sequence[float]) -> T | ReadError:
+    """What `read` gives, tried again after each of `waits_s`; what its last try raised where that fails too."""
+    for wait_s in (*waits_s, None):
+        try:
+            return read()
+        except Exception as error:  # storage's clients and Parquet's reader raise kinds of their own
+            if wait_s is None or isinstance(error, (FileNotFoundError, PermissionError, IndexError)):
+                return unreadable(error)
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns")
 
 
 def unreadable(error: BaseException) -> ReadError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
 
 _BATCH_ROWS = 100_000  # at a time, where columns are computed
+_KEPT = "listing.json"
 
 
 def list_archive(
@@ -56,8 +59,65 @@ def listing_digest(listing: pa.Table) -> str:
     """First 16 hex digits of a SHA-256 over names, sizes, labels and patients: the same archive gives the same
     digest.
     """
+    return _digest(listing, ("image_id", "n_bytes", "label", "patient_id"))
+
+
+def check_same_listing(work: UPath, listing: pa.Table) -> None:
+    """Keeps the listing's digest in the work folder of an output; a resumed run must find the archive that the first
+    one found, but for the files that it shall try again.
+
+    Raises: `ArchiveError` where it differs.
+    """
+    file = work / _KEPT
+    if not file.exists():
+        storage.write_json(file, _facts(listing))
+        return
+    was = storage.read_json(file)
+    retried = storage.read_table(work / was["retried"])["image_id"] if "retried" in was else None
+    _check_same(was, _facts(listing, retried))
+
+
+def try_again(work: UPath, retried: pa.ChunkedArray, *, was: pa.Table, now: pa.Table) -> None:
+    """Lets the files of these names have changed since the listing was kept: they may have been mended meanwhile.
+
+    Raises: `ArchiveError` where others have; then nothing is changed.
+    """
+    if (work / _KEPT).exists() and (earlier := storage.read_json(work / _KEPT).get("retried")):
+        names = storage.read_table(work / earlier)["image_id"]
+        retried = pa.chunked_array([pc.unique(pa.chunked_array([*names.chunks, *retried.chunks]))])
+    kept = _facts(was, retried)
+    _check_same(kept, _facts(now, retried))
+    name = f"retried-{secrets.token_hex(8)}.parquet"  # a new one, so that the old notes hold until they are replaced
+    storage.write_table(work / name, pa.table({"image_id": retried}))
+    storage.write_json(work / _KEPT, {**kept, "retried": name})
+
+
+def _facts(listing: pa.Table, retried: pa.ChunkedArray | None = None) -> dict[str, Any]:
+    """What must stay as it is. Of a zip its checksums tell content, of a Parquet file the mean size of its images; a
+    container with a mended file has others.
+    """
+    if retried is None:
+        content = {"content": _digest(listing, ("packed_bytes", "crc32"))}
+    else:
+        may_change = pc.is_in(listing["image_id"], value_set=retried.combine_chunks())
+        sizes = pc.if_else(may_change, None, listing["n_bytes"])
+        listing = listing.set_column(listing.schema.get_field_index("n_bytes"), "n_bytes", sizes)
+        content = {}
+    return {"n_files": listing.num_rows, "digest": listing_digest(listing), **content}
+
+
+def _check_same(was: dict[str, Any], now: dict[str, Any]) -> None:
+    if any(was[name] != value for name, value in now.items() if name in was):
+        raise ArchiveError(
+            f"the archive changed since the output was begun: {was['n_files']:,} files then, {now['n_files']:,} now, "
+            f"or others; "
+            "--overwrite begins again"
+        )
+
+
+def _digest(listing: pa.Table, columns: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for name in ("image_id", "n_bytes", "label", "patient_id"):
+    for name in columns:
         for start in range(0, listing.num_rows, _BATCH_ROWS):
             column = listing[name].slice(start, _BATCH_ROWS).cast(pa.large_string()).combine_chunks()
             empty, end = (pa.scalar(text, pa.large_string()) for text in ("", "\x01"))
@@ -66,23 +126,6 @@ def listing_digest(listing: pa.Table) -> str:
                 digest.update(chunk.buffers()[2] or b"")
         digest.update(b"\x02")
     return digest.hexdigest()[:16]
-
-
-def check_same_listing(work: UPath, listing: pa.Table) -> None:
-    """Keeps the listing's digest in the work folder of an output; a resumed run must find the archive that the first
-    one found.
-
-    Raises: `ArchiveError` where it differs.
-    """
-    file, now = work / "listing.json", {"n_files": listing.num_rows, "digest": listing_digest(listing)}
-    if not file.exists():
-        storage.write_json(file, now)
-    elif (was := storage.read_json(file)) != now:
-        raise ArchiveError(
-            f"the archive changed since the output was begun: {was['n_files']:,} files then, {now['n_files']:,} now, "
-            f"or others; "
-            "--overwrite begins again"
-        )
 
 
 def shards(listing: pa.Table, n_rows: int) -> Iterator[pa.Table]:

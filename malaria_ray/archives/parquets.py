@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,8 +28,6 @@ from malaria_ray.cells.images import content_digest
 from malaria_ray.errors import ArchiveError, ReadError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import OK, PACKED, Reason
-
-T = TypeVar("T")
 
 _BATCH = 10_000
 _ROWS_AT_A_TIME = 128  # of images
@@ -125,7 +122,7 @@ def _places(parquet: pq.ParquetFile, path: UPath, name: str) -> Iterator[pa.Tabl
     if not read:
         return
     for batch in parquet.iter_batches(batch_size=_BATCH, columns=read, use_threads=False):
-        table = _table(url, row, batch.num_rows, _of(batch, columns.name) if columns.name else None, estimate, name)
+        table = _table(url, row, batch.num_rows, _names(batch, columns.name), estimate, name)
         if columns.n_bytes:
             table = table.append_column("n_bytes", _of(batch, columns.n_bytes).cast(pa.int64()))
         if columns.label:
@@ -198,6 +195,8 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
     if column not in schema.names:
         return False
     type_ = schema.field(column).type
+    if pa.types.is_dictionary(type_):  # a category of pandas
+        type_ = type_.value_type
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
@@ -214,6 +213,10 @@ def _of(batch: pa.RecordBatch, column: str) -> pa.Array:
     outer, _, field = column.partition(".")
     array = batch.column(outer)
     return pc.struct_field(array, field) if field else array
+
+
+def _names(batch: pa.RecordBatch, column: str | None) -> pa.Array | None:
+    return _of(batch, column).cast(pa.string()) if column else None
 
 
 def _labels(column: pa.Array, names: tuple[str, ...] | None, path: UPath) -> pa.Array:
@@ -242,7 +245,7 @@ def read_rows(container: str, offsets: Sequence[int], *, waits_s: Sequence[float
     Of a row group only the wanted rows are kept. What fails is tried again after each of `waits_s`.
     """
     path = storage.locate(container)
-    metadata = _tried(lambda: _metadata(path), waits_s)
+    metadata = containers.tried(lambda: _metadata(path), waits_s)
     if isinstance(metadata, ReadError):
         yield from (metadata for _ in offsets)
         return
@@ -251,20 +254,8 @@ def read_rows(container: str, offsets: Sequence[int], *, waits_s: Sequence[float
     for group, run in itertools.groupby(zip(groups, offsets, strict=True), key=lambda pair: pair[0]):
         wanted = [offset - int(begins[group]) for _, offset in run]
         read = partial(_read_group, path, metadata, group, wanted)
-        found = _tried(read, waits_s)
+        found = containers.tried(read, waits_s)
         yield from (found for _ in wanted) if isinstance(found, ReadError) else found
-
-
-def _tried(read: Callable[[], T], waits_s: Sequence[float]) -> T | ReadError:
-    """What `read` gives, or what its last try raised."""
-    for wait_s in (*waits_s, None):
-        try:
-            return read()
-        except Exception as error:  # storage's clients and Parquet's reader raise kinds of their own
-            if wait_s is None or isinstance(error, (FileNotFoundError, PermissionError, IndexError)):
-                return containers.unreadable(error)
-            time.sleep(wait_s)
-    raise AssertionError("the last try returns")
 
 
 def _metadata(path: UPath) -> pq.FileMetaData:
@@ -273,28 +264,63 @@ def _metadata(path: UPath) -> pq.FileMetaData:
 
 
 def _read_group(path: UPath, metadata: pq.FileMetaData, group: int, wanted: list[int]) -> list[bytes | ReadError]:
-    """Rows of one row group by their numbers in it."""
-    held: dict[int, bytes | ReadError] = {}
-    needed, last, first = set(wanted), max(wanted), 0
-    with containers.open_file(path, is_read_in_order=False) as file:
-        # Buffered and not pre-buffered: some writers make one row group of a whole file.
+    """Rows of one row group by their numbers in it, in ascending order."""
+    cursor = _kept.pop() if _kept else None
+    if cursor is None or not cursor.leads_to(path, metadata, group, wanted[0]):
+        cursor = _Cursor(path, metadata, group)
+    found = cursor.read(wanted)
+    if not cursor.is_at_end:
+        _kept[:] = [cursor]
+    return found
+
+
+class _Cursor:
+    """How far a row group was read. Many writers make one of a whole file, of which each block wants some rows: without
+    it every block would decode all rows before its own.
+    """
+
+    def __init__(self, path: UPath, metadata: pq.FileMetaData, group: int):
+        self._of = (str(path), group)
+        self._metadata = metadata
+        file = containers.open_file(path, is_read_in_order=False)
+        # Buffered and not pre-buffered, so that only a part of a large row group is in memory.
         parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         schema = parquet.schema_arrow
-        image = _columns(schema, path).image
+        self._image = _columns(schema, path).image
         is_packed = (schema.metadata or {}).get(b"malaria_ray.table") == PACKED.name.encode()
-        columns = [image, *(["status", "detail", "content_digest"] if is_packed else [])]
-        batches = parquet.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False)
-        for batch in batches:
-            rows = sorted(needed.intersection(range(first, first + batch.num_rows)))
-            taken = batch.take(pa.array([row - first for row in rows], pa.int64()))
-            told = taken.select(columns[1:]).to_pylist() if is_packed else [{}] * len(rows)
-            for row, data, packed in zip(rows, _of(taken, image).to_pylist(), told, strict=True):
+        self._told = ["status", "detail", "content_digest"] if is_packed else []
+        self._batches = parquet.iter_batches(
+            _ROWS_AT_A_TIME, row_groups=[group], columns=[self._image, *self._told], use_threads=False
+        )
+        self._first, self._batch = 0, next(self._batches, None)
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._batch is None
+
+    def leads_to(self, path: UPath, metadata: pq.FileMetaData, group: int, row: int) -> bool:
+        """Whether `row` of that group of that very file lies here or ahead."""
+        return self._of == (str(path), group) and row >= self._first and bool(self._metadata.equals(metadata))
+
+    def read(self, wanted: list[int]) -> list[bytes | ReadError]:
+        held: dict[int, bytes | ReadError] = {}
+        needed, last = set(wanted), wanted[-1]
+        while self._batch is not None and self._first <= last:
+            end = self._first + self._batch.num_rows
+            rows = sorted(needed.intersection(range(self._first, end)))
+            taken = self._batch.take(pa.array([row - self._first for row in rows], pa.int64()))
+            told = taken.select(self._told).to_pylist() if self._told else [{}] * len(rows)
+            for row, data, packed in zip(rows, _of(taken, self._image).to_pylist(), told, strict=True):
                 held[row] = _checked(data, packed)
-            first += batch.num_rows
-            if first > last:
+            if end > last + 1:
                 break
-    gone = ReadError(Reason.UNREADABLE, "the file has no such row any more")
-    return [held.get(row, gone) for row in wanted]
+            self._first, self._batch = end, next(self._batches, None)
+        gone = ReadError(Reason.UNREADABLE, "the file has no such row any more")
+        return [held.get(row, gone) for row in wanted]
+
+
+_kept: list[_Cursor] = []
+"""The last one of this process, where there is more to read."""
 
 
 def _checked(data: bytes | None, packed: dict[str, Any]) -> bytes | ReadError:

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _REQUEST_BYTES = 4 * 1024**2  # neighbours in one container are read by one requ
 _GAP_BYTES = 4096  # what lies between two members of a tar is read with them
 _WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try of a read that failed
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # another try would say the same
+_CELL_COLUMNS = ["image_id", "label", "patient_id", "n_bytes", "width", "height", "content_digest", "status", "detail"]
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
@@ -258,14 +260,20 @@ def _rows_of(path: UPath, rows: npt.NDArray[np.int64]) -> pa.Table:
 
 def _read_crops(listing: pa.Table, *, image_size: int) -> Cells:
     """Cells of a dataset: rows of its `crops` parts, no decoding."""
-    tables, pixels = [], []
+    tables, pixels = [], [np.empty((0, image_size, image_size, 3), np.uint8)]
     for container in pc.unique(listing["container"]).to_pylist():
-        rows = listing.filter(pc.equal(listing["container"], container))["offset"]
-        part = _rows_of(storage.locate(container), rows.to_numpy())
-        tables.append(part.drop_columns(["image"]))
-        pixels.append(crop_pixels(part["image"], image_size=image_size))
-    table = pa.concat_tables(tables)
-    table = table.append_column("n_bytes", listing["n_bytes"])
-    table = table.append_column("status", pa.repeat(OK, table.num_rows))
-    table = table.append_column("detail", pa.nulls(table.num_rows, pa.string()))
-    return Cells(table=table, pixels=np.concatenate(pixels))
+        rows = listing.filter(pc.equal(listing["container"], container))
+        offsets = rows["offset"].to_numpy()
+        part = containers.tried(partial(_rows_of, storage.locate(container), offsets), _WAITS_S)
+        n = rows.num_rows
+        if isinstance(part, ReadError):
+            known, status, detail = rows, part.reason.value, part.detail
+            for name, type_ in (("width", pa.int32()), ("height", pa.int32()), ("content_digest", pa.string())):
+                known = known.append_column(name, pa.nulls(n, type_))
+        else:
+            known, status, detail = part.append_column("n_bytes", rows["n_bytes"]), OK, None
+            pixels.append(crop_pixels(part["image"], image_size=image_size))
+        known = known.append_column("status", pa.repeat(status, n))
+        known = known.append_column("detail", pa.array([detail] * n, pa.string()))
+        tables.append(known.select(_CELL_COLUMNS))
+    return Cells(table=pa.concat_tables(tables), pixels=np.concatenate(pixels))

@@ -248,7 +248,7 @@ def _tiff_tags(data: bytes) -> tuple[dict[int, tuple[int, ...]], int]:
 
 
 _PNG_END = b"IEND\xaeB`\x82"
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])")  # any number of ff may stand before
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the others are tables
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}

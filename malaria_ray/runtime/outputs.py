@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from malaria_ray.errors import DirectoryError, NotCompleteError
+from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.provenance import provenance
 from malaria_ray.runtime.redaction import without_secrets_in
@@ -52,8 +52,14 @@ def prepare(
     `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result. `may_grow`
     names a number of the identity that a later run may raise: what was finished is then unfinished and goes on;
     `may_change` what another run may change as long as the directory is unfinished.
-    Raises: `DirectoryError` where the directory holds something else, or the same with another identity.
+    Raises: `DirectoryError` where the directory holds something else, or the same with another identity, `ConfigError`
+    where its name would be taken for a pattern.
     """
+    if not storage.is_local(path) and (letters := set("*?[") & set(path.path)):
+        raise ConfigError(
+            f"{path} has {' '.join(sorted(letters))} in its name, which clients of object stores take for a "
+            "pattern of other names; choose a name without"
+        )
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
     if overwrite:
         _check_is_ours(path, stage)

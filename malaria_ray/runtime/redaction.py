@@ -8,7 +8,11 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-_URL = re.compile(r"""([a-z][a-z0-9+.-]*://)([^\s/?#'"<>]*@)?([^\s?#'"<>]*)(\?[^\s#'"<>]*)?""", re.IGNORECASE)
+_URL = re.compile(
+    r"""([a-z][a-z0-9+.-]*://)([^\s/?#'"<>]*@)?((?:(?![a-z][a-z0-9+.-]*://)[^\s?#'"<>])*)(\?[^\s#'"<>]*)?""",
+    re.IGNORECASE,
+)
+_UNSAFE = re.compile(r"""[\s'"<>]""")
 _VERSIONS = ("versionId", "generation")  # of S3 and of Google: which content is meant
 _WEB = ("http://", "https://")
 
@@ -18,6 +22,13 @@ def without_secrets(text: str) -> str:
     but for the version of an object.
     """
     return _URL.sub(_address, text) if "://" in text else text
+
+
+def hides_a_secret(url: str) -> bool:
+    """Whether `without_secrets` would not see where the address ends: of the web, with a password or a question mark,
+    and with a letter that is a part of it only when it is percent-encoded.
+    """
+    return any(name in url.lower() for name in _WEB) and bool(set("?@") & set(url)) and bool(_UNSAFE.search(url))
 
 
 def without_secrets_in(value: Any) -> Any:

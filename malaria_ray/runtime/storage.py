@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from malaria_ray.errors import ConfigError, DirectoryError
+from malaria_ray.runtime.redaction import hides_a_secret
 from malaria_ray.schema import REPEATED_COLUMNS
 
 
@@ -35,10 +36,16 @@ class FileRecord(TypedDict):
 def locate(url: str | UPath) -> UPath:
     """The path behind a local path or fsspec URL.
 
-    Raises: `ConfigError` where it is empty or no client for its protocol is installed.
+    Raises: `ConfigError` where it is empty, no client for its protocol is installed, or a web address could not be told
+    without its secrets.
     """
     if not str(url):
         raise ConfigError("an empty path was given; allowed are local paths and fsspec URLs")
+    if hides_a_secret(str(url)):
+        raise ConfigError(
+            f"a web address with a space, quote or angle bracket in it was given ({str(url).partition('://')[0]}://…); "
+            "percent-encode it (%20 for a space): what is secret in it could not be told from the rest"
+        )
     try:
         path = UPath(url)
         path.fs  # noqa: B018 - importing the client is what may fail

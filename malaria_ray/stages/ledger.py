@@ -13,6 +13,7 @@ Finished rows are left out when the blocks are made and not by Ray's filter: tha
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from ray.data import DataContext
@@ -146,6 +148,19 @@ def reopen(work: UPath, rows: pa.Table, name: str = "reopened") -> None:
     """Writes rows that are done already, as a write task of Ray would have."""
     storage.write_table(work / "scored" / f"{name}-0.parquet", rows)
     storage.write_table(work / "checkpoint" / f"{name}.parquet", rows.select(["key"]))
+
+
+def forget(work: UPath, image_ids: pa.Array) -> None:
+    """Makes done rows undone, file by file. Killed between, it leaves rows done that are to be forgotten, or others
+    done twice; none is lost.
+    """
+    for name, file in committed_files(work).items():
+        rows = storage.read_table(file)
+        kept = rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=image_ids)))
+        if kept.num_rows < rows.num_rows:
+            reopen(work, kept, f"kept_{secrets.token_hex(8)}")
+            storage.remove(work / "checkpoint" / f"{name}.parquet")
+            storage.remove(file)
 
 
 def _read_block(block: Block) -> list[pa.Table]:

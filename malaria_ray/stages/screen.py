@@ -27,10 +27,10 @@ import malaria_ray
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
-from malaria_ray.errors import ConfigError, InvariantError, ModelError, TooManyBadImagesError
+from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, bf16_fault, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
@@ -105,7 +105,7 @@ class Config:
     iceberg_table: str = iceberg.DEFAULT_TABLE
     """Its namespace and name."""
     retry_quarantined: Literal["unreadable", "all"] | None = None
-    """In finished results score again just the quarantined files: those that storage did not give, or all."""
+    """Score again the quarantined files of these results: those that storage did not give, or all."""
     overwrite: bool = False
     """Delete the results first if they are there."""
 
@@ -169,18 +169,22 @@ def run(config: Config) -> None:
         "preprocessing": PREPROCESSING,
         "malaria_ray": malaria_ray.__version__,
     }
-    if not outputs.prepare(results, stage="screen", config=config, identity=identity, overwrite=config.overwrite):
-        if not config.retry_quarantined:
-            log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
-        if not config.retry_quarantined or not _reopen(results, config.retry_quarantined):
-            _write_iceberg(config, results)
-            _print_summary(storage.read_json(results / outputs.SUCCESS))
-            return
+    is_finished = not outputs.prepare(
+        results, stage="screen", config=config, identity=identity, overwrite=config.overwrite
+    )
+    retried = _to_retry(results, config.retry_quarantined, is_finished=is_finished)
+    if is_finished and not retried:
+        log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
+        _write_iceberg(config, results)
+        _print_summary(storage.read_json(results / outputs.SUCCESS))
+        return
 
     _check_model_file(run_path, MODEL_FILE[config.engine], identity["model_digest"])
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
-    check_same_listing(results / outputs.WORK, _without_retried(listing, results / outputs.WORK))
+    if retried:
+        _reopen(results, retried, listing, is_finished=is_finished)
+    check_same_listing(results / outputs.WORK, listing)
     files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
@@ -210,6 +214,7 @@ def run(config: Config) -> None:
                 raise ModelError(fault)
         pool = _pool(config)
         n_scored = _score_all(listing, results, plan, config, pool)
+        n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
     del listing  # what the driver holds grows with the archive: no more of it than is needed
     scored = time.monotonic()
 
@@ -217,7 +222,7 @@ def run(config: Config) -> None:
     with _scored_rows(results, n_files) as rows:
         files |= _publish(rows, results)
         counts = _counts(rows)
-        rates = _rates(rows, since=connected_at, seconds=scored - connected, n_actors=pool[1]) if n_scored else {}
+        rates = _rates(rows, since=connected_at, seconds=scored - connected, n_actors=n_actors) if n_scored else {}
     files |= _copy_run(run_path, results)
     _check_bad_fraction(counts, results, config.max_bad_fraction)
     _write_iceberg(config, results)
@@ -285,12 +290,11 @@ def _without_secrets(listing: pa.Table) -> pa.Table:
 
 def _pool(config: Config) -> tuple[int, int]:
     """Least and most scoring actors. Raises: `ConfigError` where no node has room for one, and none is waited for."""
-    gpus, cpus = config.gpus_per_actor, 0 if config.gpus_per_actor else config.cpus_per_actor
-    room = room_for(cpus=cpus, gpus=gpus)
-    if not room:
+    gpus, cpus = config.gpus_per_actor, config.cpus_per_actor
+    if not _room(config):
         asked = f"--gpus-per-actor {gpus:g}" if gpus else f"--cpus-per-actor {cpus}"
         have = f"no node has so many {'GPUs' if gpus else 'CPUs'}"
-        is_awaited = config.num_actors or cpus == 1  # with one of those an autoscaler starts
+        is_awaited = config.num_actors or (cpus == 1 and not gpus)  # with one of those an autoscaler starts
         if not (is_awaited and may_grow()):
             way = ", or give --num-actors where such nodes are started when they are asked for" if may_grow() else ""
             raise ConfigError(f"{asked}: {have}; lower it{way}")
@@ -300,8 +304,12 @@ def _pool(config: Config) -> tuple[int, int]:
         fault = ray.get(probe.remote(config.engine))
         if fault:
             log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
-        room = room_for(gpus=gpus)
-    return config.actor_range or (max(1, room),) * 2
+    return config.actor_range or (max(1, _room(config)),) * 2
+
+
+def _room(config: Config) -> int:
+    """How many scoring actors the nodes that are there have room for."""
+    return room_for(cpus=0 if config.gpus_per_actor else config.cpus_per_actor, gpus=config.gpus_per_actor)
 
 
 def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Config, pool: tuple[int, int]) -> int:
@@ -470,24 +478,52 @@ def _parts(batches: pa.RecordBatchReader, n_rows: int) -> Iterator[pa.Table]:
         yield waiting
 
 
-def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
-    """Makes finished results unfinished, with all rows done but those to try again; False where there are none.
+def _to_retry(
+    results: UPath, which: Literal["unreadable", "all"] | None, *, is_finished: bool
+) -> pa.ChunkedArray | None:
+    """Names of the quarantined files to try again; None where there are none."""
+    if which is None:
+        return None
+    if is_finished:
+        found = storage.read_table(results / "quarantine", ["image_id", "reason"])
+    else:
+        files = ledger.committed_files(results / outputs.WORK).values()
+        tables = ledger.read_files(files, ["image_id", "status"])
+        bad = [rows.filter(pc.not_equal(rows["status"], OK)).rename_columns(["image_id", "reason"]) for rows in tables]
+        if not bad:
+            return None
+        found = pa.concat_tables(bad)
+    again = found if which == "all" else found.filter(pc.equal(found["reason"], Reason.UNREADABLE.value))
+    if not again.num_rows:
+        log.info("%s: no quarantined file to try again (%d of other reasons)", results, found.num_rows)
+        return None
+    log.info("%s: %s quarantined files are tried again", results, f"{again.num_rows:,}")
+    return pa.chunked_array([pc.unique(again["image_id"])])
+
+
+def _reopen(results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool) -> None:
+    """Makes the rows of these files undone, and finished results unfinished.
 
     The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
     results are as they were; after it, the same command, or one without the flag, finishes them.
+    Raises: `ArchiveError` where other files have changed too; the results are then as they were.
     """
-    work = results / outputs.WORK
+    work, was = results / outputs.WORK, storage.read_table(results / "listing.parquet")
+    if not is_finished:
+        try_again(work, retried, was=was, now=listing)
+        ledger.forget(work, retried.combine_chunks())
+        return
+    storage.remove(work)
+    try:
+        try_again(work, retried, was=was, now=listing)
+    except ArchiveError:
+        storage.remove(work)
+        raise
     with duckdb.connect() as tables:
-        for name in ("predictions", "quarantine", "listing"):
-            path = results / (name if name != "listing" else "listing.parquet")
-            tables.register(name, storage.read_table(path))
-        again = "true" if which == "all" else f"reason = '{Reason.UNREADABLE}'"
-        n_again, n_kept = _one(
-            tables, f"SELECT count(*) FILTER ({again}), count(*) FILTER (NOT ({again})) FROM quarantine"
-        )
-        if not n_again:
-            log.info("%s: no quarantined file to try again (%d of other reasons)", results, n_kept)
-            return False
+        for name in ("predictions", "quarantine"):
+            tables.register(name, storage.read_table(results / name))
+        tables.register("listing", was)
+        tables.register("retried", pa.table({"image_id": retried}))
         usable = ", ".join(f"predictions.{name}" for name in PREDICTIONS.names)
         refused = ", ".join(_of_refused(name) for name in PREDICTIONS.names)
         rows: Any = tables.sql(f"""
@@ -496,26 +532,10 @@ def _reopen(results: UPath, which: Literal["unreadable", "all"]) -> bool:
             FROM predictions JOIN listing USING (image_id)
             UNION ALL
             SELECT {refused}, key, reason, detail, quarantine.n_bytes, 0, 0, 0
-            FROM quarantine JOIN listing USING (image_id) WHERE NOT ({again})
+            FROM quarantine JOIN listing USING (image_id) WHERE image_id NOT IN (SELECT image_id FROM retried)
         """).to_arrow_table()
-        listing = tables.sql("SELECT * FROM listing ORDER BY key").to_arrow_table()
-        retried = tables.sql(f"SELECT image_id FROM quarantine WHERE {again}").to_arrow_table()
-    storage.remove(work)
     ledger.reopen(work, rows.select(SCORED.names).cast(SCORED))
-    storage.write_table(work / "retried.parquet", retried)
-    check_same_listing(work, _without_retried(listing, work))
     storage.remove(results / outputs.SUCCESS)
-    log.info("%s: %s quarantined files are tried again", results, f"{n_again:,}")
-    return True
-
-
-def _without_retried(listing: pa.Table, work: UPath) -> pa.Table:
-    """The listing without the sizes of the files that are tried again: those may have been mended meanwhile."""
-    if not (work / "retried.parquet").exists():
-        return listing
-    retried = storage.read_table(work / "retried.parquet")["image_id"].combine_chunks()
-    sizes = pc.if_else(pc.is_in(listing["image_id"], value_set=retried), None, listing["n_bytes"])
-    return listing.set_column(listing.schema.get_field_index("n_bytes"), "n_bytes", sizes)
 
 
 def _of_refused(name: str) -> str:
@@ -593,9 +613,9 @@ def _check_bad_fraction(counts: dict[str, Any], results: UPath, allowed: float) 
         raise TooManyBadImagesError(
             f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used "
             f"({counts['quarantine_reasons']}), more than "
-            f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then correct the archive or run again "
-            f"with a larger "
-            "fraction, which scores nothing anew"
+            f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then run again with "
+            "--retry-quarantined unreadable (all, where files were corrected), or with a larger fraction, which scores "
+            "nothing anew"
         )
 
 

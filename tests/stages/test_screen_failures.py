@@ -24,7 +24,7 @@ from stages.conftest import Line, content, write_archive
 from stages.killing import run_and_kill
 from stages.test_screen import predictions_of, screen_of
 
-from malaria_ray.errors import ConfigError
+from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import storage
 from malaria_ray.stages import ledger, report, screen, verify
 
@@ -190,7 +190,9 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
         (results / name / "part-00000.parquet").write_bytes(b"of the predictions before")
     (tmp_path / "away.png").rename(tmp_path / "nowhere.png")
     if is_killed:  # just after the results became unfinished; the command without the flag finishes them
-        assert screen._reopen(storage.locate(str(results)), "unreadable")
+        path = storage.locate(str(results))
+        retried = screen._to_retry(path, "unreadable", is_finished=True)
+        screen._reopen(path, retried, storage.read_table(path / "listing.parquet"), is_finished=True)
         after = screen_of(with_a_hole, results, line.run)
     else:
         after = screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
@@ -206,6 +208,46 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
     assert content(results) == kept
     assert "no quarantined file to try again" in caplog.text
+
+
+def test_a_retry_that_is_refused_leaves_finished_results_as_they_were(line: Line, with_a_hole: Path, tmp_path: Path):
+    results = tmp_path / "results"
+    screen_of(with_a_hole, results, line.run)
+    kept = content(results)
+    shutil.copy(max(with_a_hole.glob("*.png")), with_a_hole / "one_more.png")
+    with pytest.raises(ArchiveError, match="11 files then, 12 now"):
+        screen_of(with_a_hole, results, line.run, retry_quarantined="all")
+    assert content(results) == kept
+
+
+def test_an_unfinished_screening_tries_its_quarantined_files_again(line: Line, with_a_hole: Path, tmp_path: Path):
+    """Too many were bad, so that it never finished; then storage is back and a file mended, to another size."""
+    results = tmp_path / "results"
+    for flags in ({}, {"retry_quarantined": "unreadable"}):  # what is still bad is bad again
+        with pytest.raises(TooManyBadImagesError, match="--retry-quarantined unreadable"):
+            screen_of(with_a_hole, results, line.run, max_bad_fraction=0.0, **flags)
+    (tmp_path / "away.png").rename(tmp_path / "nowhere.png")
+    with pytest.raises(TooManyBadImagesError, match="{'not_an_image': 1}"):
+        screen_of(with_a_hole, results, line.run, max_bad_fraction=0.0, retry_quarantined="unreadable")
+    shutil.copy(max(with_a_hole.glob("*.png")), with_a_hole / "Thumbs.db")
+    after = screen_of(with_a_hole, results, line.run, max_bad_fraction=0.0, retry_quarantined="all")
+    assert len(after) == 11
+    success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
+    assert success["timings"]["images_scored"] == 1
+    verify.run(verify.Config(directory=str(results)))
+    whole = screen_of(with_a_hole, tmp_path / "whole", line.run)
+    pd.testing.assert_frame_equal(after.drop(columns="score"), whole.drop(columns="score"))
+
+
+def test_the_ceiling_is_that_of_the_actors_that_ran(line: Line, tmp_path: Path):
+    """Not of as many as were asked for: on two CPUs there is room for two."""
+    ceilings = []
+    for num_actors in ("2", "1-64"):
+        results = tmp_path / num_actors
+        screen_of(line.archive, results, line.run, num_actors=num_actors)
+        success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
+        ceilings.append(success["timings"]["ceiling_images_per_second"])
+    assert ceilings[1] < 10 * ceilings[0]
 
 
 def test_what_operators_watch_is_at_rays_own_endpoint(line: Line, copy_of, with_a_hole: Path, tmp_path: Path):
