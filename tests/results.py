@@ -68,8 +68,9 @@ def write_results(
     part_rows: int = 1_000_000,
 ) -> Path:
     """A finished results directory over cells as `cells` gives them; `bad` are names in quarantine. The images are
-    written to `archive`, by default a folder beside it; without images it is an archive that is gone. With validation
-    its model has learnt from the validation cells. Predictions are written in the order given, in parts of `part_rows`.
+    written to `archive`, by default a folder beside it; without images it is an archive that is gone. A column
+    content_digest makes copies. With validation its model has learnt from the validation cells. Predictions are
+    written in the order given, in parts of `part_rows`.
     """
     archive = archive or results.with_name(f"{results.name}-archive")
     images = {name: noise(i) if has_images else name.encode() for i, name in enumerate(of["image_id"])}
@@ -85,7 +86,7 @@ def write_results(
         predicted_label=(of["score"] >= 0.5).astype(int),
         width=26,
         height=30,
-        content_digest=[content_digest(images[name]) for name in of["image_id"]],
+        content_digest=of.get("content_digest", [content_digest(images[name]) for name in of["image_id"]]),
         model=model,
         run_id=f"{model}-1",
         raw_score=of["score"],
@@ -119,7 +120,7 @@ def write_results(
     names = ["config.json", "SUCCESS.json"]
     if has_validation:
         names.append("validation.json")
-        of_val = of[(of["split"] == "val") & of["label"].notna()]
+        of_val = predictions[(of["split"] == "val") & of["label"].notna()].drop_duplicates("content_digest")
         validation = learn_from_validation(of_val, specificity=None)
         storage.write_json(path / "model" / "validation.json", validation.to_dict())
     for name in names:

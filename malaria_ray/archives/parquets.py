@@ -264,9 +264,9 @@ def _metadata(path: UPath) -> pq.FileMetaData:
 
 
 def _read_group(path: UPath, metadata: pq.FileMetaData, group: int, wanted: list[int]) -> list[bytes | ReadError]:
-    """Rows of one row group by their numbers in it, in ascending order."""
+    """Rows of one row group by their numbers in it."""
     cursor = _kept.pop() if _kept else None
-    if cursor is None or not cursor.leads_to(path, metadata, group, wanted[0]):
+    if cursor is None or not cursor.leads_to(path, metadata, group, min(wanted)):
         cursor = _Cursor(path, metadata, group)
     found = cursor.read(wanted)
     if not cursor.is_at_end:
@@ -304,7 +304,7 @@ class _Cursor:
 
     def read(self, wanted: list[int]) -> list[bytes | ReadError]:
         held: dict[int, bytes | ReadError] = {}
-        needed, last = set(wanted), wanted[-1]
+        needed, last = set(wanted), max(wanted)
         while self._batch is not None and self._first <= last:
             end = self._first + self._batch.num_rows
             rows = sorted(needed.intersection(range(self._first, end)))

@@ -248,7 +248,7 @@ def _not_there() -> ReadError:
 def _rows_of(path: UPath, rows: npt.NDArray[np.int64]) -> pa.Table:
     """Rows of one Parquet file by their numbers, from the row groups that hold them alone."""
     with containers.open_file(path, is_read_in_order=False) as file:
-        parquet = pq.ParquetFile(file, pre_buffer=True)
+        parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
         metadata = parquet.metadata
         sizes = np.array([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
         ends = np.cumsum(sizes)

@@ -1,6 +1,7 @@
 """Patients and labels from names, with one rule for mapping keys and file names.
 
-`C51AP12thinF` is patient `P12` (case 51A); a name without a patient number, `C201ThinF`, is the healthy donor `C201`.
+`C51AP12thinF` is patient `P12` (case 51A); a thin film without a patient number, `C201ThinF`, is of the healthy donor
+`C201`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from malaria_ray.errors import PatientMappingError
 from malaria_ray.schema import Label
 
 _PATIENT = re.compile(r"C\d+[A-Za-z]?(P\d+)")
-_DONOR = re.compile(r"C\d+")
-_DONOR_OR_PATIENT = r"^(?P<donor>C\p{Nd}+)(?:[A-Za-z]?(?P<patient>P\p{Nd}+))?"  # both at once, as Arrow writes it
+_DONOR = re.compile(r"(C\d+)[A-Za-z]?_?[Tt]hin")  # C0001.png is anybody's first cell
+_DONOR_OR_PATIENT = (  # both at once, as Arrow writes it
+    r"^(?P<donor>C\p{Nd}+)(?:[A-Za-z]?(?P<patient>P\p{Nd}+)|[A-Za-z]?_?[Tt]hin)"
+)
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _LABEL_OF_FOLDER = {label.name: label for label in Label}
 
@@ -33,7 +36,7 @@ def patient_of(name: str, pattern: re.Pattern[str] | None = None) -> str | None:
     name = name.rpartition("/")[2]
     if found := _PATIENT.match(name):
         return found.group(1)
-    return found.group(0) if (found := _DONOR.match(name)) else None
+    return found.group(1) if (found := _DONOR.match(name)) else None
 
 
 def patients_of(image_ids: pa.Array, pattern: re.Pattern[str] | None = None) -> pa.Array:

@@ -28,7 +28,8 @@ def assign_splits(
 
     `cells`: columns image_id, patient_id, label (0 or 1), one row per usable image, in any order: the result depends
     on the content alone. By `patient` all cells of a patient go together (stratified group folds); by `image` every
-    cell for itself, as in the article, which lets the same patient into training and test.
+    cell for itself, as in the article, which lets the same patient into training and test. Copies of an image, by the
+    column content_digest where it is there, then go together.
     Returns: a string series with the index of `cells`.
     Raises: `DatasetError` where labels or patients are missing or a split would lack a class.
     """
@@ -79,6 +80,11 @@ def check_trainable(cells: pd.DataFrame, *, by: SplitBy) -> None:
 def _folds(cells: pd.DataFrame, *, by: SplitBy, n_folds: int, seed: int) -> np.ndarray:
     """Fold of each row of `cells`, int64 in 0..n_folds-1; the rows' order does not matter."""
     order = np.argsort(cells["image_id"].to_numpy(dtype=object), kind="stable")
+    if by == "image" and "content_digest" in cells and cells["content_digest"].duplicated().any():
+        digests = cells["content_digest"].to_numpy(dtype=object)
+        firsts = order[~pd.Series(digests[order]).duplicated()]
+        of_firsts = _folds(cells.iloc[firsts].drop(columns="content_digest"), by=by, n_folds=n_folds, seed=seed)
+        return pd.Series(of_firsts, digests[firsts]).loc[digests].to_numpy()
     ordered = cells.iloc[order]
     group = "patient_id" if by == "patient" else "image_id"
     n_groups = ordered[group].nunique()

@@ -105,7 +105,7 @@ def write_table(
     dictionary: bool | list[str] | None = None,
     sorted_by: Sequence[str] = (),
 ) -> FileRecord:
-    """Writes one Parquet file (zstd, page index) and returns its record.
+    """Writes one Parquet file (zstd, page index, checksums) and returns its record.
 
     `dictionary`: columns to write as dictionaries, by default those of few distinct values that schema.py names;
     `sorted_by`: columns that the rows are sorted by, ascending, nulls last, which the footer then says.
@@ -120,6 +120,7 @@ def write_table(
         row_group_size=row_group_rows,
         use_dictionary=dictionary,
         write_page_index=True,
+        write_page_checksum=True,  # zstd has none of its own here: damaged pixels would be read as others
         sorting_columns=[pq.SortingColumn(table.schema.get_field_index(name)) for name in sorted_by] or None,
     )
     data = buffer.getbuffer()
@@ -157,7 +158,10 @@ def read_table(path: UPath, columns: list[str] | None = None) -> pa.Table:
     pickles, which whoever wrote the file could make run code here. No table of ours has one.
     """
     files = [path] if path.suffix == ".parquet" else parts(path)
-    tables = [pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns) for file in files]
+    tables = [
+        pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns, page_checksum_verification=True)
+        for file in files
+    ]
     for file, table in zip(files, tables, strict=True):
         if "extension<" in str(table.schema):
             raise DirectoryError(f"{file} is no plain table: a column is an Arrow extension; make the directory anew")

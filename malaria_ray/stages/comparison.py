@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from malaria_ray.errors import QueryError
+from malaria_ray.errors import DatasetError, QueryError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.terminal import folded, printable
 from malaria_ray.stages.charts import Axis, Series, histogram, line_chart
@@ -39,13 +40,21 @@ SHOWN = (
 )
 
 _SHARED = """
-    SELECT first.image_id, first.label, coalesce(first.patient_id, other.patient_id) AS patient_id,
+    SELECT first.image_id, coalesce(first.label, other.label) AS label,
+           coalesce(first.patient_id, other.patient_id) AS patient_id,
            first.score AS score, other.score AS other_score,
            first.predicted_label AS called, other.predicted_label AS other_called,
-           first.split NOT IN ('train', 'val') AND other.split NOT IN ('train', 'val') AS is_held_out
+           first.split NOT IN ('train', 'val') AND other.split NOT IN ('train', 'val') AS is_held_out,
+           first.knows_patient AS knows_patient, other.knows_patient AS other_knows_patient
     FROM cells AS first JOIN cells AS other USING (image_id)
     WHERE first.results = $first AND other.results = $other
     AND first.content_digest IS NOT DISTINCT FROM other.content_digest
+    ORDER BY image_id
+"""
+_OF_TWO_LABELS = """
+    SELECT image_id, arg_min(results, label) AS uninfected, arg_max(results, label) AS parasitized
+    FROM predictions
+    GROUP BY image_id, content_digest HAVING min(label) < max(label)
     ORDER BY image_id
 """
 _DISAGREEMENTS = (
@@ -61,8 +70,10 @@ _STYLES = ("one", "two", "three", "four", "five")
 class Pair:
     """Two results on the images that they share.
 
-    `shared`: a row for each, with both scores and calls. `metrics`: of the labelled ones that both hold out, else of
-    all labelled; None without any: columns first, other, difference (other − first), ci_low, ci_high.
+    `shared`: a row for each, with both scores and calls, and the label that either gives. `metrics`: of the labelled
+    ones that both hold out, else of all labelled; None without any: columns first, other, difference (other − first),
+    ci_low, ci_high. `known_patients`: a line for each model that was trained or tuned on patients of these cells where
+    both hold the cells out.
     """
 
     first: Results
@@ -71,6 +82,7 @@ class Pair:
     metrics: pd.DataFrame | None
     n_cells: int
     is_held_out: bool
+    known_patients: list[str]
 
     @property
     def cells_are(self) -> str:
@@ -80,20 +92,23 @@ class Pair:
 def pair_of(
     connection: duckdb.DuckDBPyConnection, first: Results, other: Results, *, n_resamples: int, seed: int
 ) -> Pair:
-    """Raises: `QueryError` where they share no image."""
+    """Raises: `QueryError` where they share no image, `DatasetError` where an image has two labels."""
+    _check_labels(connection)
     shared = connection.sql(_SHARED, params={"first": first.name, "other": other.name}).df()
     if shared.empty:
         raise QueryError(
             f"{first.path} and {other.path} share no image of the same name and content; compare results of one archive"
         )
     cells = _held_out(shared)
+    is_held_out = bool(len(cells)) and bool(cells["is_held_out"].all())
     return Pair(
         first=first,
         other=other,
         shared=shared,
         metrics=differences(cells, first, other, n_resamples=n_resamples, seed=seed) if len(cells) else None,
         n_cells=len(cells),
-        is_held_out=bool(len(cells)) and bool(cells["is_held_out"].all()),
+        is_held_out=is_held_out,
+        known_patients=_known_patients(cells, first, other) if is_held_out else [],
     )
 
 
@@ -164,12 +179,43 @@ def shown_metrics(pair: Pair) -> list[dict[str, Any]]:
 
 
 def metrics_table(pair: Pair) -> RichTable:
-    """The same rows for the terminal."""
+    """The same rows for the terminal, and below them which model knows patients of the cells."""
     names = (escape(f"{printable(one.name)} ({one.success['run_id']})") for one in (pair.first, pair.other))
     table = RichTable("metric", *names, "difference", "95 % interval", title=f"{pair.n_cells:,} {pair.cells_are}")
+    if pair.known_patients:
+        table.caption, table.caption_justify = Text("\n".join(map(printable, pair.known_patients))), "left"
     for row in shown_metrics(pair):
         table.add_row(row["metric"], row["first"], row["other"], row["difference"], row["interval"])
     return folded(table)
+
+
+def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
+    found = connection.sql(_OF_TWO_LABELS).df()
+    if len(found):
+        row = found.iloc[0]
+        raise DatasetError(
+            f"{len(found):,} images have several labels in these results, the first {row['image_id']!r}: uninfected in "
+            f"{row['uninfected']}, parasitized in {row['parasitized']}; give results of one archive"
+        )
+
+
+def _known_patients(cells: pd.DataFrame, first: Results, other: Results) -> list[str]:
+    """As `views.known_patients_line`, of the cells of a pair."""
+    lines = []
+    for one, column in ((first, "knows_patient"), (other, "other_knows_patient")):
+        if n_known := int(cells[column].sum()):
+            why = ", as the run was split by image" if _training(one).get("split_by") == "image" else ""
+            lines.append(
+                f"{one.name}: {n_known:,} of {len(cells):,} shared held-out cells are of patients that the run was "
+                f"trained or tuned on{why}: their figures are better than a new patient's would be."
+            )
+    return lines
+
+
+def _training(one: Results) -> dict[str, Any]:
+    """The config of `train`."""
+    config: dict[str, Any] = storage.read_json(one.path / "model" / "config.json")["config"]
+    return config
 
 
 def _held_out(cells: pd.DataFrame) -> pd.DataFrame:
@@ -183,9 +229,12 @@ def _common(pairs: Sequence[Pair]) -> pd.DataFrame:
     """The labelled cells that all results have: label, score_0, score_1, …, is_held_out (by all)."""
     common = pairs[0].shared[["image_id", "label", "score", "is_held_out"]].rename(columns={"score": "score_0"})
     for number, pair in enumerate(pairs, start=1):
-        theirs = pair.shared[["image_id", "other_score", "is_held_out"]]
-        theirs = theirs.rename(columns={"other_score": f"score_{number}", "is_held_out": "is_too"})
+        theirs = pair.shared[["image_id", "label", "other_score", "is_held_out"]]
+        theirs = theirs.rename(
+            columns={"label": "their_label", "other_score": f"score_{number}", "is_held_out": "is_too"}
+        )
         common = common.merge(theirs, on="image_id")
+        common["label"] = common["label"].fillna(common.pop("their_label"))
         common["is_held_out"] &= common.pop("is_too")
     return _held_out(common)
 
@@ -199,7 +248,6 @@ def _model(connection: duckdb.DuckDBPyConnection, one: Results, common: pd.DataF
         label, score = common["label"].to_numpy(np.int64), common[f"score_{number}"].to_numpy(np.float32)
         of_cells = cell_metrics(label, score, threshold=float(one.success["threshold"]))
         values = {name: None if np.isnan(value) else value for name, value in of_cells.items()}
-    training = storage.read_json(one.path / "model" / "config.json")["config"]
     return {
         "name": one.name,
         "model": one.success["model"],
@@ -207,7 +255,7 @@ def _model(connection: duckdb.DuckDBPyConnection, one: Results, common: pd.DataF
         "threshold": one.success["threshold"],
         "engine": one.run["identity"]["engine"],
         "split": one.run["identity"]["split"],
-        "split_by": training.get("split_by", ""),
+        "split_by": _training(one).get("split_by", ""),
         "finished": one.success["finished_at"][:10],
         "n": found[0][0],
         "n_called": found[0][1],
@@ -268,6 +316,7 @@ def _section(pair: Pair, number: int, galleries: list[Gallery]) -> dict[str, Any
         "n_cells": pair.n_cells,
         "cells": pair.cells_are,
         "is_held_out": pair.is_held_out,
+        "known_patients": pair.known_patients,
         "figures": [_score_differences(pair, number)],
         "n_patients": len(by_patient),
         "patients": moved.reset_index().to_dict("records"),
@@ -321,14 +370,16 @@ def _galleries(connection: duckdb.DuckDBPyConnection, pair: Pair, n_each: int) -
 def _facts(connection: duckdb.DuckDBPyConnection, pair: Pair, shown: pd.DataFrame) -> list[dict[str, Any]]:
     """The cells as galleries show them, in the order given."""
     rows = connection.sql(
-        "SELECT image_id, patient_id, label, score, predicted_label, width, height, content_digest, split FROM cells "
+        "SELECT image_id, patient_id, score, predicted_label, width, height, content_digest, split FROM cells "
         "WHERE results = $results AND image_id IN (SELECT unnest($ids))",
         params={"results": pair.first.name, "ids": shown["image_id"].tolist()},
     ).to_arrow_table()
     by_name = {row["image_id"]: row for row in rows.to_pylist()}
+    labels = {name: int(label) for name, label in shown.set_index("image_id")["label"].dropna().items()}
     return [
         by_name[cell.image_id]
         | {
+            "label": labels.get(cell.image_id),
             "words": f"{cell.score:.3f} → {cell.other_score:.3f}",
             "facts": [
                 (f"score of {pair.first.name}", f"{cell.score:.4f}"),

@@ -21,7 +21,15 @@ from malaria_ray.runtime.provenance import code_digest
 from malaria_ray.runtime.terminal import console, number
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
-from malaria_ray.stages.views import Results, check_cells, connect, known_patients_line, open_results
+from malaria_ray.stages.views import (
+    COPY_OF,
+    Results,
+    check_cells,
+    connect,
+    copies_line,
+    known_patients_line,
+    open_results,
+)
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
 from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
@@ -77,12 +85,12 @@ def run(config: Config) -> None:
             known = connection.sql("SELECT image_id, split FROM cells").df()
             files = _evaluate(config, opened, known.set_index("image_id")["split"])
             storage.write_json(marker, {"identity": identity, "files": files})
-        notice = known_patients_line(connection, opened)
+        notices = [line(connection, opened) for line in (known_patients_line, copies_line)]
     _print_report(
         storage.read_table(results / "metrics").to_pandas(),
         storage.read_table(results / "patients").to_pandas(),
         success,
-        notice=notice,
+        notices=[notice for notice in notices if notice is not None],
     )
     if config.against is not None:
         _compare(config, results)
@@ -121,25 +129,26 @@ def _evaluate(config: Config, opened: Results, split: pd.Series) -> dict[str, st
     results, success = opened.path, opened.success
     predictions = storage.read_table(results / "predictions").to_pandas()
     predictions["split"] = predictions["image_id"].map(split)
+    cells = predictions[~predictions.duplicated(list(COPY_OF))]
     threshold = float(success["threshold"])
     validation = _validation(results)
     patients = pd.DataFrame(columns=PATIENTS.names)
     if len(predictions):
         patients = patient_counts(
-            predictions["patient_id"],
-            predictions["label"],
-            predictions["score"],
+            cells["patient_id"],
+            cells["label"],
+            cells["score"],
             threshold=threshold,
-            split=predictions["split"],
+            split=cells["split"],
             parasitized=_parasitized(results),
             rates=validation.rates if validation else None,
         )
     rows: list[dict[str, Any]] = []
     curves: list[pd.DataFrame] = []
-    for split, cells in predictions[predictions["label"].notna()].groupby("split"):
+    for split, labelled in cells[cells["label"].notna()].groupby("split"):
         of_split = patients[(patients["split"] == split) & patients["label"].notna()]
-        rows += _metric_rows(cells, of_split, str(split), threshold=threshold, config=config)
-        curves.append(_curves(cells).assign(split=split))
+        rows += _metric_rows(labelled, of_split, str(split), threshold=threshold, config=config)
+        curves.append(_curves(labelled).assign(split=split))
     made: list[tuple[Table, pd.DataFrame]] = [
         (METRICS, pd.DataFrame(rows, columns=METRICS.names).assign(model=success["model"])),
         (CURVES, pd.concat([pd.DataFrame(columns=CURVES.names), *curves]).assign(model=success["model"])),
@@ -235,7 +244,11 @@ def _metric_rows(
     if patients["call"].notna().any():
         of_patients |= call_metrics(patients)
     for name, value in of_patients.items():
-        n = int(of_patients["n_patients_uninfected"]) if name.startswith("false_positive_rate") else len(patients)
+        n = len(patients)
+        if name == "sensitivity":
+            n = int(of_patients["n_patients_parasitized"])
+        elif name == "specificity" or name.startswith("false_positive_rate"):
+            n = int(of_patients["n_patients_uninfected"])
         rows += _rows({name: value}, ranked, split=split, level="patient", n=n, threshold=threshold)
     return rows
 
@@ -268,7 +281,7 @@ _SHOWN = ("accuracy", "sensitivity", "specificity", "precision", "f1", "f1_weigh
 
 
 def _print_report(
-    metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[str, Any], *, notice: str | None
+    metrics: pd.DataFrame, patients: pd.DataFrame, success: dict[str, Any], *, notices: Sequence[str]
 ) -> None:
     """What the article prints, by split: metrics, the classification report and the confusion matrix."""
     out = console()
@@ -280,7 +293,7 @@ def _print_report(
         out.print(_metrics_table(cells, splits, success))
     for split in [split for split in splits if split in (Split.test, UNSEEN)] or splits[-1:]:
         out.print(_classification_report(cells[cells["split"] == split].set_index("metric")["value"], split))
-    if notice is not None:
+    for notice in notices:
         out.print(notice, soft_wrap=True)
     out.print(f"{_patients_line(patients)}; their parasitized fraction is no parasitaemia. {RESEARCH_ONLY}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -193,15 +192,15 @@ def _of_epochs(history: pd.DataFrame, column: str, name: str, style: str) -> Ser
     return Series(name=name, x=x, y=y, style=style, has_dots=True, notes=notes)
 
 
-def of_patients(connection: duckdb.DuckDBPyConnection, *, splits: Sequence[str]) -> Figure | None:
-    """Each patient's parasitized fraction with its interval, from the lowest to the highest; of the first of `splits`
-    that has patients, at most 200 of them.
+def of_patients(connection: duckdb.DuckDBPyConnection, *, split: str | None) -> Figure | None:
+    """Each patient's parasitized fraction with its interval, from the lowest to the highest; at most 200 patients of a
+    split.
     """
-    patients = connection.execute("SELECT * FROM patients ORDER BY parasitized_fraction, patient_id").df()
-    split = next((split for split in splits if patients["split"].eq(split).any()), None)
-    if split is None:
+    patients = connection.execute(
+        "SELECT * FROM patients WHERE split = $split ORDER BY parasitized_fraction, patient_id", {"split": split}
+    ).df()
+    if patients.empty:
         return None
-    patients = patients[patients["split"] == split]
     n = len(patients)
     shown = patients.iloc[np.unique(np.linspace(0, n - 1, min(n, _MAX_PATIENTS)).round().astype(int))]
     shown = shown.assign(place=np.arange(1, len(shown) + 1))

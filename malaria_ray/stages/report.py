@@ -16,22 +16,26 @@ import malaria_ray
 from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, printable
-from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label, Split
+from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label
 from malaria_ray.stages import figures
 from malaria_ray.stages.croissant import croissant
 from malaria_ray.stages.galleries import find_galleries, find_review_galleries, heats, pictures
 from malaria_ray.stages.pages import render, templates_digest
-from malaria_ray.stages.views import Results, absent_views, catalog, connect, known_patients_line, open_results
+from malaria_ray.stages.views import (
+    Results,
+    absent_views,
+    catalog,
+    connect,
+    copies_line,
+    known_patients_line,
+    open_results,
+)
 
 log = logging.getLogger("malaria_ray")
 
 _MAX_THUMBNAILS = 100
 _MAX_PATIENTS = 20_000  # rows of the patient table: about 1.5 MB
 _MAX_QUARANTINED = 200
-_HELD_OUT = (Split.test.value, "unseen", Split.val.value, Split.train.value)
-"""Which split's cells the curves and galleries show: the first of these that has labels. Of patients, the first that
-has any.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,7 @@ def _page(results: Results, config: Config) -> str:
         raise DirectoryError(line)
     connection = connect([results])
     trained = storage.read_json(results.path / "model" / "SUCCESS.json")
-    split = _headline_split(connection)
+    split = _shown_split(connection, "label IS NOT NULL")
     galleries = find_galleries(connection, split=split, n_each=config.thumbnails)
     if "review" not in absent:
         galleries += find_review_galleries(connection, n_each=config.thumbnails)
@@ -126,14 +130,16 @@ def _page(results: Results, config: Config) -> str:
         reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
         is_evaluated="metrics" not in absent,
         split=split,
-        known_patients=known_patients_line(connection, results),
+        notices=[line for line in (known_patients_line(connection, results), copies_line(connection, results)) if line],
         data=_data(connection),
         metrics=_metrics(connection) if "metrics" not in absent else {},
         confusion=_confusion(connection, split),
         figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
         learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
         patients=_patients(connection) if "patients" not in absent else None,
-        patients_figure=figures.of_patients(connection, splits=_HELD_OUT) if "patients" not in absent else None,
+        patients_figure=figures.of_patients(connection, split=_shown_split(connection, "patient_id IS NOT NULL"))
+        if "patients" not in absent
+        else None,
         galleries=galleries,
         images=images,
         without_image=without_image,
@@ -148,10 +154,15 @@ def _rows(connection: duckdb.DuckDBPyConnection, sql: str, **given: Any) -> list
     return rows
 
 
-def _headline_split(connection: duckdb.DuckDBPyConnection) -> str | None:
-    """The split to judge the model by; None where no cell has a label."""
-    found = {row["split"] for row in _rows(connection, "SELECT DISTINCT split FROM cells WHERE label IS NOT NULL")}
-    return next((split for split in _HELD_OUT if split in found), None)
+def _shown_split(connection: duckdb.DuckDBPyConnection, condition: str) -> str | None:
+    """The split to judge the model by, of the cells that meet an SQL condition: of test and unseen the one with both
+    classes, then the one with more labelled cells; without these val, then train; None without any.
+    """
+    found = connection.execute(
+        f"SELECT split FROM cells WHERE {condition} GROUP BY split ORDER BY split IN ('test', 'unseen') DESC, "
+        "split = 'val' DESC, count(DISTINCT label) DESC, count(label) DESC, count(*) DESC, split LIMIT 1"
+    ).fetchone()
+    return found[0] if found else None
 
 
 def _data(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from malaria_ray.statistics.metrics import cell_metrics
 _OF_CALLS = ("accuracy", "sensitivity", "specificity", "precision", "f1")
 _OF_SCORES = ("roc_auc",)
 _SHOWN = (*_OF_CALLS, *_OF_SCORES)
+_OF_FOLD = ("fold", "init_from")  # of a run's identity, what differs between the folds of one cross-validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +99,39 @@ def pooled(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if run.identity.get("fold") and run.test is not None:
             n_folds = run.identity["fold"].rpartition(" ")[2]
-            rest = {name: value for name, value in run.identity.items() if name not in ("fold", "init_from")}
+            rest = {name: value for name, value in run.identity.items() if name not in _OF_FOLD}
             groups.setdefault(repr((n_folds, sorted(rest.items(), key=str))), []).append(run)
+    validations = [folds for folds in groups.values() if len(folds) > 1]
     return [
         Run(
-            name=f"{len({run.identity['fold'] for run in folds})} of {folds[0].identity['fold'].rpartition(' ')[2]} "
-            f"folds of {folds[0].identity['model']}",
+            name=name,
             success=folds[0].success,
             identity=folds[0].identity,
             history=pd.concat([run.history for run in folds]),
             test=pd.concat([run.test for run in folds]).drop_duplicates("image_id"),
         )
-        for folds in groups.values()
-        if len(folds) > 1
+        for name, folds in zip(_pooled_names(validations), validations, strict=True)
     ]
+
+
+def _pooled_names(validations: Sequence[Sequence[Run]]) -> list[str]:
+    """How many folds of which model; where several would have one name, also what differs in their identities."""
+    identities = [folds[0].identity for folds in validations]
+    names = [
+        f"{len({run.identity['fold'] for run in folds})} of {identity['fold'].rpartition(' ')[2]} folds of "
+        f"{identity['model']}"
+        for folds, identity in zip(validations, identities, strict=True)
+    ]
+    unique = []
+    for name, identity in zip(names, identities, strict=True):
+        alike = [other for other, its_name in zip(identities, names, strict=True) if its_name == name]
+        differing = [
+            f"{key} {identity.get(key, 'unknown')}"
+            for key in sorted({key for other in alike for key in other} - set(_OF_FOLD))
+            if len({repr(other.get(key, "unknown")) for other in alike}) > 1
+        ]
+        unique.append(", ".join([name, *differing]))
+    return unique
 
 
 def _test_scores(path: UPath) -> pd.DataFrame:

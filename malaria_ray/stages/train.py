@@ -184,7 +184,8 @@ def run(config: Config) -> None:
     cells = _cells(dataset)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
-        check_specificity(config.specificity, int(((splits == Split.val) & (cells["label"] == Label.uninfected)).sum()))
+        uninfected = cells[(splits == Split.val) & (cells["label"] == Label.uninfected)]
+        check_specificity(config.specificity, uninfected["content_digest"].nunique())
     if not outputs.prepare(
         path,
         stage="train",
@@ -203,6 +204,12 @@ def run(config: Config) -> None:
         cells["patient_id"].nunique(),
         ", ".join(f"{split} {int((splits == split).sum()):,}" for split in Split),
     )
+    if n_copies := int(cells["content_digest"].duplicated().sum()):
+        log.info(
+            "%s images are copies of others, byte for byte%s",
+            f"{n_copies:,}",
+            "; copies are in one split" if config.split_by == "image" else "",
+        )
     with ray_session():
         n_threads = config.cpus_per_worker or cpus_for_each_of(config.workers[1], gpus=config.gpus_per_worker)
         _check_resources(config.workers[0], n_threads, config.gpus_per_worker)
@@ -246,7 +253,7 @@ def run(config: Config) -> None:
         with _news(plan.news):
             result = _fit(plan, path, config)
         trained = time.monotonic()
-        history, best = _history(result)
+        history, best, best_epoch = _history(result)
         of_val = _examples(cells, is_val, pixels)
         exported = _export(best, plan, of_val)
         validated = _validate(exported["onnx"], plan, train=_examples(cells, splits == Split.train, pixels), val=of_val)
@@ -265,7 +272,7 @@ def run(config: Config) -> None:
         files[f"model.{name}"] = storage.record_of(path / f"model.{name}")
     table = pa.Table.from_pandas(history, schema=HISTORY.arrow_schema(), preserve_index=False)
     files |= outputs.write_table(path, "history.parquet", table, stage="train")
-    best_row = history.iloc[int(history["val_loss"].argmin())]
+    best_row = history[history["epoch"] == best_epoch].iloc[0]
     run_id = f"{config.model}-{hashlib.sha256(exported['onnx']).hexdigest()[:12]}"
     figure = learning_curves_figure(
         history, best_epoch=int(best_row["epoch"]), heading=f"{run_id}, split by {config.split_by}"
@@ -324,10 +331,13 @@ def _splits_table(cells: pd.DataFrame, splits: pd.Series) -> pa.Table:
 
 
 def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificity: float | None) -> Validation:
-    """Temperature, threshold and rates of error from the validation cells and their `scores`, in order of image_id."""
-    of_val = cells[splits == Split.val].sort_values("image_id")
+    """Temperature, threshold and rates of error from the validation cells and their `scores`, in order of image_id;
+    copies of a cell count once.
+    """
+    of_val = cells[splits == Split.val].sort_values("image_id").assign(split=Split.val, score=scores)
+    of_val = of_val.drop_duplicates(["content_digest", "patient_id", "label"])
     try:
-        return learn_from_validation(of_val.assign(split=Split.val, score=scores), specificity=specificity)
+        return learn_from_validation(of_val, specificity=specificity)
     except DatasetError as error:
         if specificity is None:
             raise
@@ -485,12 +495,12 @@ def _cause(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error.__cause__ or error
 
 
-def _history(result: ray.train.Result) -> tuple[pd.DataFrame, ray.train.Checkpoint]:
-    """All epochs, from the newest checkpoint, and the checkpoint of the lowest validation loss."""
-    best, _ = min(result.best_checkpoints, key=lambda kept: kept[1]["val_loss"])
+def _history(result: ray.train.Result) -> tuple[pd.DataFrame, ray.train.Checkpoint, int]:
+    """All epochs, from the newest checkpoint, and the checkpoint of the lowest validation loss with its epoch."""
+    best, of_epoch = min(result.best_checkpoints, key=lambda kept: kept[1]["val_loss"])
     with result.checkpoint.as_directory() as folder:
         history = pd.read_json(os.path.join(folder, "history.json"))  # noqa: PTH118
-    return history, best
+    return history, best, of_epoch["epoch"]
 
 
 def _export(checkpoint: ray.train.Checkpoint, plan: TrainingPlan, probe: Examples) -> dict[str, Any]:

@@ -55,6 +55,9 @@ _PLACES: dict[str, tuple[Table, str, str]] = {
 _ENDS_WITH = {"evaluate": "metrics", _AGAINST: "differences"}
 """Command: the folder where it says that it has finished."""
 
+COPY_OF = ("content_digest", "patient_id", "split", "label")
+"""Cells that agree in these are one cell under several names: no evidence more than one."""
+
 _CELLS = """\
 CREATE OR REPLACE VIEW cells AS
 SELECT
@@ -177,6 +180,21 @@ def known_patients_line(connection: duckdb.DuckDBPyConnection, results: Results)
     return (
         f"{n_known:,} of {n_cells:,} held-out cells are of patients that the run was trained or tuned on{why}: their "
         "figures are better than a new patient's would be."
+    )
+
+
+def copies_line(connection: duckdb.DuckDBPyConnection, results: Results) -> str | None:
+    """How many predictions are of copies, which metrics and patients count once; None where there are none."""
+    found = connection.execute(
+        f"SELECT count(*) - count(DISTINCT ({', '.join(COPY_OF)})), count(*) FROM cells WHERE results = $1",
+        [results.name],
+    )
+    ((n_copies, n_cells),) = found.fetchall()
+    if not n_copies:
+        return None
+    return (
+        f"{n_copies:,} of {n_cells:,} cells are copies of others, byte for byte, of the same patient and split: "
+        "metrics and patients count each once."
     )
 
 

@@ -109,8 +109,9 @@ def fit_temperature(label: ArrayLike, score: ArrayLike) -> float:
 def calibrate(score: ArrayLike, temperature: float) -> NDArray[np.floating[Any]]:
     """(n,) calibrated scores in 0..1, in the scores' own type: sigmoid(logit(score) / temperature).
 
-    No two cells change places and 0.5 stays 0.5, so no ranking metric changes. Scores nearer than 2⁻²⁴ to 0 or 1
-    count as that near. Temperature 1 returns the scores themselves.
+    No two cells change places and 0.5 stays 0.5. Scores nearer than 2⁻²⁴ to 0 or 1 count as that near; at a
+    temperature below 1 some near there become equal, so that a ranking metric may change where both classes have such.
+    Temperature 1 returns the scores themselves.
 
     Raises DatasetError for bad scores, ConfigError for a temperature that is not a positive number.
     """

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from malaria_ray.archives import containers, open_archive
+from malaria_ray.archives import containers, open_archive, reading
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crops_column
@@ -123,3 +123,29 @@ def test_part_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     storage.write_table(path, rows.set_column(rows.schema.get_field_index("patient_id"), "patient_id", column))
     with pytest.raises(DirectoryError, match="no plain table"):
         list_archive(open_archive(str(tmp_path / "dataset")))
+
+
+@pytest.mark.parametrize("fault", ["damaged", "gone"])
+def test_a_part_that_cannot_be_read_costs_its_own_rows(
+    dataset: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_WAITS_S", (0.0,))
+    listing = list_archive(open_archive(dataset))
+    part = storage.locate(dataset) / "crops" / storage.part_name(1)
+    if fault == "gone":
+        storage.remove(part)
+    else:
+        data = bytearray(part.read_bytes())
+        data[1000:2000] = bytes(1000)
+        storage.write_bytes(part, bytes(data))
+    cells = read_cells(listing, image_size=SIZE)
+    rows = cells.table.to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * PER_PART + ["unreadable"] * PER_PART
+    assert [row["image_id"] for row in rows] == listing["image_id"].to_pylist()
+    assert [row["n_bytes"] for row in rows] == listing["n_bytes"].to_pylist()
+    assert all(row["detail"] and row["width"] is None and row["content_digest"] is None for row in rows[PER_PART:])
+    np.testing.assert_array_equal(cells.pixels, PIXELS[:PER_PART])
+    assert cells.table.schema.equals(read_cells(listing.slice(0, 3), image_size=SIZE).table.schema)
+    only = read_cells(listing.slice(PER_PART), image_size=SIZE)
+    assert only.pixels.shape == (0, SIZE, SIZE, 3)
+    assert only.table.schema.equals(cells.table.schema)

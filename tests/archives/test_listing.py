@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malaria_ray.archives import open_archive
-from malaria_ray.archives.listing import list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
 from malaria_ray.errors import ArchiveError
+from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
 
 
@@ -164,3 +167,22 @@ def test_folder_and_zip_of_the_same_files_have_the_same_digest(tmp_path: Path) -
     (tmp_path / "cells.zip").write_bytes(samples.zip_of(files))
     folder, zipped = (list_archive(open_archive(str(tmp_path / name))) for name in ("cells", "cells.zip"))
     assert listing_digest(folder) == listing_digest(zipped)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "zip"])
+def test_other_images_of_the_same_names_are_another_archive(tmp_path: Path, kind: str) -> None:
+    """A resumed output would hold old and new images side by side."""
+    work, archive = storage.locate(str(tmp_path / "work")), tmp_path / f"cells.{kind}"
+
+    def write(images: list[bytes]) -> None:
+        if kind == "zip":
+            archive.write_bytes(samples.zip_of(dict(zip(NAMES, images, strict=True)), zipfile.ZIP_STORED))
+        else:
+            pq.write_table(pa.table({"image_id": NAMES, "image": images}), archive)
+
+    write([bytes([i]) * 50 for i in range(len(NAMES))])
+    for _ in range(2):
+        check_same_listing(work, list_archive(open_archive(str(archive))))
+    write([bytes(range(i, i + 50)) for i in range(len(NAMES))])
+    with pytest.raises(ArchiveError, match="the archive changed since the output was begun"):
+        check_same_listing(work, list_archive(open_archive(str(archive))))

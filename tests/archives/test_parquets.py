@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ LAYOUTS = {
     "large": (pa.table({"file_name": NAMES, "image": pa.array(IMAGES, pa.large_binary())}), NAMES),
     "hugging face": (hugging_face(["Uninfected", "Parasitized"]), NAMES),
     "no names": (pa.table({"image": IMAGES}), [f"cells/{i:08d}" for i in range(N)]),
+    "names of a category": (pa.table({"image_id": pa.array(NAMES).dictionary_encode(), "image": IMAGES}), NAMES),
     "some names": (
         pa.table({"image_id": [*NAMES[:-1], None], "image": IMAGES}),
         [*NAMES[:-1], "cells/00000006"],
@@ -165,5 +167,38 @@ def test_a_large_row_group_is_read_page_by_page(tmp_path: Path, monkeypatch: pyt
     try:
         assert [len(data) for data in read_files(listing.slice(590, 2))] == [100_000, 100_000]
     finally:
+        parquets._kept.clear()  # what it has read lies in the pool that goes
         pa.set_memory_pool(was)
     assert counted.max_memory() < 30 * 2**20
+
+
+def test_a_large_row_group_is_read_once_by_blocks_that_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from its beginning for each of them: of a million rows in one group that would be terabytes."""
+    n, images = 4000, [np.random.default_rng([i]).bytes(3000) for i in range(4000)]
+    path, other = tmp_path / "cells.parquet", tmp_path / "other.parquet"
+    pq.write_table(pa.table({"image": images}), path, row_group_size=n, compression="none")
+    pq.write_table(pa.table({"image": images[::-1]}), other, row_group_size=n)
+    n_read = []
+
+    class Counting(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            n_read.append(len(buffer))
+            return super().readinto(buffer)
+
+        def read(self, size: int | None = -1) -> bytes:
+            n_read.append(size or 0)
+            return super().read(size)
+
+    monkeypatch.setattr(parquets.containers, "open_file", lambda path, **_: Counting(path.path))
+    monkeypatch.setattr(parquets, "_BUFFER_BYTES", 100_000)
+    listing = list_archive(open_archive(str(path)))
+    n_read.clear()
+    for start in range(0, n, 250):
+        assert list(read_files(listing.slice(start, 250))) == images[start : start + 250]
+    assert path.stat().st_size < sum(n_read) < 2 * path.stat().st_size
+    of_other = list_archive(open_archive(str(other)))
+    for start in (3000, 500, 1000):  # back and forth, between two files
+        assert list(read_files(listing.slice(start, 10))) == images[start : start + 10]
+        assert list(read_files(of_other.slice(start, 10))) == images[::-1][start : start + 10]
+    pq.write_table(pa.table({"image": images[::-1]}), path, row_group_size=n)  # another file of that name
+    assert list(read_files(listing.slice(1010, 10))) == images[::-1][1010:1020]

@@ -30,7 +30,10 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
         ("C51AP12thinF_IMG_20150724_154023_cell_119.png", "P12"),
         ("cell_images/Parasitized/C51AP12thinF_IMG_1_cell_2.png", "P12"),
         ("C99/C1_thinF_IMG_1_cell_2.png", "C1"),  # a folder's name does not count
+        ("C4thin_original_IMG_1_cell_2.png", "C4"),
         ("C99/cell_1.png", None),
+        ("C0001.png", None),  # somebody's first cell, not a donor of that one
+        ("C0001_cell.png", None),
         ("cell_C51P12.png", None),  # the key stands first
         ("c51ap12thinF", None),  # and in the official spelling
         ("P12.png", None),

@@ -156,3 +156,15 @@ def test_the_test_splits_of_all_folds_are_the_dataset_each_cell_once(by) -> None
 def test_more_folds_than_patients_are_refused() -> None:
     with pytest.raises(DatasetError, match="30 patients cannot be divided into 31 folds; at least 31 are needed"):
         assign_splits(cells(30), by="patient", seed=42, n_folds=31, fold=1)
+
+
+def test_by_image_copies_are_in_one_split_and_others_where_they_were_without_them() -> None:
+    table = cells(16).assign(content_digest=lambda rows: rows["image_id"])
+    alone = assign_splits(table, by="image", seed=3)
+    copies = table[::3].assign(image_id=lambda rows: "copy_of_" + rows["image_id"])
+    together = pd.concat([copies, table], ignore_index=True)
+    splits = assign_splits(together, by="image", seed=3)
+    assert splits.groupby(together["content_digest"]).nunique().max() == 1
+    for split, share in SHARES.items():
+        assert (splits == split).mean() == pytest.approx(share, abs=0.05)
+    pd.testing.assert_series_equal(assign_splits(table.drop(columns="content_digest"), by="image", seed=3), alone)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from malaria_ray.errors import DirectoryError, NotCompleteError
+from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import PREDICTIONS
 
@@ -281,3 +281,19 @@ def test_a_table_says_what_it_is_made_from_and_repeats_only_what_repeats(tmp_pat
         *("patient_id", "label", "predicted_label", "model", "run_id")
     }
     assert all(column.compression == "ZSTD" and column.has_offset_index for column in columns.values())
+
+
+@pytest.mark.parametrize("name", ["run[1]", "batch-*", "batch-?"])
+def test_a_name_that_is_a_pattern_is_refused_where_clients_take_it_for_one(s3: Any, name: str, tmp_path: Path) -> None:
+    """fsspec would delete batch-1 and batch-2 for batch-*."""
+    neighbour = storage.locate("s3://cells-bucket/batch-1")
+    prepare(neighbour)
+    kept = tree(neighbour)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="in its name, which clients of object stores take for a pattern"):
+            prepare(storage.locate(f"s3://cells-bucket/{name}"), overwrite=overwrite)
+    assert tree(neighbour) == kept
+    on_disk = storage.locate(str(tmp_path / name))
+    prepare(on_disk)
+    finish(on_disk)
+    assert tree(on_disk) == ["_SUCCESS.json", "config.json"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from browser import chromium, open_page, requested_urls
@@ -11,7 +13,7 @@ from results import HOSTILE, cells, write_results
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from malaria_ray import cli
-from malaria_ray.errors import ConfigError, QueryError
+from malaria_ray.errors import ConfigError, DatasetError, QueryError
 from malaria_ray.stages import compare, comparison
 from malaria_ray.stages.views import connect, open_results
 
@@ -69,6 +71,80 @@ def test_unlabelled_results_are_compared_by_their_calls(tmp_path: Path, capsys: 
     made = [str(write_results(tmp_path / name, of, archive=tmp_path / "archive")) for name, of in unlabelled.items()]
     assert cli.main(["compare", *made]) == 0
     assert "No shared image has a label" in capsys.readouterr().out
+
+
+def test_a_label_of_either_results_is_the_label_of_both(tmp_path: Path):
+    """Whatever the order: of three results, one has labels."""
+    unlabelled = cells(40).assign(label=pd.NA, score=lambda rows: 1 - rows["score"])
+    made = [
+        str(write_results(tmp_path / name, of, has_images=False, archive=tmp_path / "archive"))
+        for name, of in (("labelled", cells(40)), ("a", unlabelled), ("b", unlabelled))
+    ]
+    for number, given in enumerate(permutations(made[:2])):
+        opened = open_results(given)
+        pair = comparison.pair_of(connect(opened), *opened, n_resamples=100, seed=42)
+        assert pair.metrics is not None
+        right = pair.metrics.loc["accuracy", ["first", "other"]].to_dict()
+        test = cells(40).query("split == 'test'")
+        expected = accuracy_score(test["label"], test["score"] >= 0.5)
+        assert right[("first", "other")[number]] == pytest.approx(expected)
+        assert right[("other", "first")[number]] == pytest.approx(1 - expected)
+        html = compared(tmp_path, *given).read_text(encoding="utf-8")
+        assert "<dt>label</dt><dd>parasitized</dd>" in html
+        assert "<dt>label</dt><dd>no label</dd>" not in html
+    for given in permutations(made):
+        text = Page(compared(tmp_path, *given).read_text(encoding="utf-8")).text
+        assert f"metrics on the {len(test)} held-out cells that all have" in text
+
+
+def test_results_that_label_an_image_differently_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    of = {"ours": cells(40), "theirs": cells(40), "unlabelled": cells(40).assign(label=pd.NA)}
+    of["theirs"].loc[:1, "label"] = 1 - of["ours"]["label"]
+    for name in of:
+        write_results(tmp_path / name, of[name], has_images=False, archive=tmp_path / "archive")
+    image, label = of["ours"].iloc[:2].sort_values("image_id")[["image_id", "label"]].iloc[0]
+    uninfected, parasitized = ("theirs", "ours") if label else ("ours", "theirs")
+    said = (
+        f"2 images have several labels in these results, the first {image!r}: uninfected in {uninfected}, parasitized "
+        f"in {parasitized}; give results of one archive"
+    )
+    for given in (("ours", "theirs"), ("theirs", "ours"), ("unlabelled", "ours", "theirs")):
+        assert cli.main(["compare", *(str(tmp_path / name) for name in given)]) == 1
+        assert said in capsys.readouterr().err
+    with pytest.raises(DatasetError, match="2 images have several labels"):
+        compare.run(compare.Config(results=(str(tmp_path / "ours"), str(tmp_path / "theirs"))))
+
+
+def test_shared_held_out_cells_of_patients_that_a_model_knows_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    splits = {"by [b]patient": cells()["split"], "by image": pd.Series(np.resize(["train", "test", "test"], 240))}
+    splits["new cells"] = splits["as new"] = splits["by [b]patient"].mask(cells().index % 10 == 0)
+    of = {name: cells().assign(split=split) for name, split in splits.items()}
+    results = {
+        name: str(write_results(tmp_path / name, of[name], has_images=False, archive=tmp_path / "archive"))
+        for name in of
+    }
+    config = Path(results["by image"]) / "model" / "config.json"
+    config.write_text(config.read_text().replace('"split_by": "patient"', '"split_by": "image"'))
+    for first, other, who_knows in (
+        ("by [b]patient", "by image", ["by image"]),
+        ("by image", "by [b]patient", ["by image"]),
+        ("new cells", "as new", ["new cells", "as new"]),
+        ("by [b]patient", "new cells", []),
+    ):
+        is_seen = {name: splits[name].isin(["train", "val"]) for name in (first, other)}
+        shared = cells()[~is_seen[first] & ~is_seen[other]]
+        page = Page(compared(tmp_path, results[first], results[other]).read_text(encoding="utf-8"))
+        for text in (" ".join(capsys.readouterr().out.split()), page.text):
+            assert text.count("trained or tuned on") == len(who_knows)
+            for name in who_knows:
+                n_known = shared["patient_id"].isin(of[name].loc[is_seen[name], "patient_id"]).sum()
+                why = ", as the run was split by image" if name == "by image" else ""
+                assert (
+                    f"{name}: {n_known} of {len(shared)} shared held-out cells are of patients that the run was "
+                    f"trained or tuned on{why}: their figures are better than a new patient's would be."
+                ) in text
 
 
 def test_results_that_share_nothing_are_refused(tmp_path: Path, two: tuple[str, str]):

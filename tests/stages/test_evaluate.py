@@ -255,3 +255,69 @@ def test_what_can_be_said_is_said_and_the_rest_is_left_out(
         reviewed = pq.read_table(results / "review").to_pandas()
         assert sorted(reviewed["image_id"]) == sorted(of["image_id"])
         assert reviewed["rank"].dropna().tolist() == list(range(1, int(reviewed["needs_review"].sum()) + 1))
+
+
+def test_copies_of_a_cell_are_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """An archive that holds every file twice knows no more of a patient than one that holds it once."""
+    once = cells_of(480).assign(content_digest=lambda rows: rows["image_id"])
+    twice = pd.concat([once, once.assign(image_id="copy/" + once["image_id"])])
+    made = []
+    for name, of in (("once", once), ("twice", twice)):
+        results = write_results(tmp_path / name, of, has_images=False, has_validation=True)
+        capsys.readouterr()
+        evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+        told = capsys.readouterr().out
+        assert ("480 of 960 cells are copies of others, byte for byte" in told) == (name == "twice")
+        made.append([pq.read_table(results / table).to_pandas() for table in ("patients", "curves", "metrics")])
+    for ours, theirs in zip(*made, strict=True):
+        pd.testing.assert_frame_equal(ours, theirs)
+
+
+def test_rates_of_patients_say_of_how_many(tmp_path: Path):
+    results = write_results(tmp_path / "results", cells_of(480), has_images=False, has_validation=True)
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    metrics = pq.read_table(results / "metrics").to_pandas()
+    of_patients = metrics[(metrics["level"] == "patient") & (metrics["split"] == "test")].set_index("metric")
+    for metric, label in (("sensitivity", "parasitized"), ("specificity", "uninfected")):
+        assert of_patients["n"][metric] == of_patients["value"][f"n_patients_{label}"] > 0
+    assert of_patients["n"]["roc_auc"] == of_patients["n"][["sensitivity", "specificity"]].sum()
+
+
+@pytest.mark.parametrize("unlabelled", ["ours", "theirs"])
+def test_results_are_compared_by_the_labels_that_either_gives(tmp_path: Path, unlabelled: str):
+    good = cells_of(400, n_patients=40)
+    of = {"ours": good, "theirs": good.assign(score=1 - good["score"])}
+    of[unlabelled] = of[unlabelled].assign(label=None)
+    ours, theirs = (
+        str(write_results(tmp_path / name, of[name], has_images=False, archive=tmp_path / "archive")) for name in of
+    )
+    evaluate.run(evaluate.Config(results=ours, against=theirs, n_resamples=100))
+    accuracy = pq.read_table(f"{ours}/differences").to_pandas().set_index("metric").loc["accuracy"]
+    test = good[good["split"] == "test"]
+    expected = accuracy_score(test["label"], test["score"] >= 0.5)
+    assert accuracy["value"] == pytest.approx(expected)
+    assert accuracy["against_value"] == pytest.approx(1 - expected)
+    assert accuracy["n"] == len(test)
+
+
+def test_results_of_other_labels_are_not_compared(tmp_path: Path):
+    of = {"ours": cells_of(40), "theirs": cells_of(40).assign(label=lambda rows: 1 - rows["label"])}
+    ours, theirs = (
+        str(write_results(tmp_path / name, of[name], has_images=False, archive=tmp_path / "archive")) for name in of
+    )
+    with pytest.raises(DatasetError, match=r"40 images have several labels .* uninfected in .*; give results of one"):
+        evaluate.run(evaluate.Config(results=ours, against=theirs, n_resamples=100))
+    assert not Path(ours, "differences").exists()
+
+
+def test_a_comparison_says_which_model_knows_the_patients(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    of = {
+        "by-patient": cells_of(240),
+        "by-image": cells_of(240).assign(split=np.resize(["train", "test", "test"], 240)),
+    }
+    ours, theirs = (write_results(tmp_path / name, of[name], has_images=False, archive=tmp_path / "a") for name in of)
+    evaluate.run(evaluate.Config(results=str(ours), against=str(theirs), n_resamples=100))
+    n = ((of["by-patient"]["split"] == "test") & (of["by-image"]["split"] == "test")).sum()
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"by-image: {n} of {n} shared held-out cells are of patients that the run was trained or tuned on:" in told
+    assert "by-patient: " not in told

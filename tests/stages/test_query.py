@@ -130,6 +130,21 @@ def test_two_models_disagree_where_their_calls_differ(two: tuple[str, str]):
     assert ask(two[:1], example="model-disagreement").empty
 
 
+def test_models_disagree_only_about_images_of_one_content(tmp_path: Path):
+    """As compare pairs them: by name and content."""
+    some = cells(40)
+    first = write_results(tmp_path / "first", some)
+    digests = predictions_of(str(first))["content_digest"].where(some.index != 0, "other bytes")
+    others = some.assign(score=1 - some["score"], content_digest=digests)
+    second = write_results(tmp_path / "second", others, archive=tmp_path / "first-archive")
+    answer = ask((str(first), str(second)), example="model-disagreement")
+    assert sorted(answer["image_id"]) == sorted(some["image_id"][1:])
+    for results in (first, second):  # of an older version
+        file = results / "predictions/part-00000.parquet"
+        pq.write_table(pq.read_table(file).drop_columns(["content_digest"]), file)
+    assert len(ask((str(first), str(second)), example="model-disagreement")) == 40
+
+
 def test_drift_is_the_population_stability_index_over_ten_bins(two: tuple[str, str]):
     answer = ask(two, example="drift").set_index("results")
     shares = [

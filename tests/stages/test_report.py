@@ -330,6 +330,47 @@ def test_only_training_cells_are_marked_as_such(tmp_path: Path):
     assert "The figures are too good for new images" in page.text
 
 
+SPLITS_SHOWN = {
+    "one test cell": ({"test": (1, 0), "unseen": (30, 20)}, "unseen"),
+    "more test cells": ({"test": (30, 20), "unseen": (10, 10)}, "test"),
+    "as many": ({"test": (10, 10), "unseen": (10, 10)}, "test"),
+    "both classes before more cells": ({"test": (3, 2), "unseen": (50, 0)}, "test"),
+    "one class each": ({"test": (0, 3), "unseen": (50, 0)}, "unseen"),
+    "held out before more": ({"unseen": (0, 1), "val": (20, 20), "train": (50, 50)}, "unseen"),
+    "val": ({"val": (2, 2), "train": (50, 50)}, "val"),
+    "train": ({"train": (5, 5)}, "train"),
+}
+
+
+@pytest.mark.parametrize(("n_cells", "shown"), SPLITS_SHOWN.values(), ids=SPLITS_SHOWN)
+def test_the_report_is_of_the_held_out_split_with_more_labelled_cells(
+    tmp_path: Path, n_cells: dict[str, tuple[int, int]], shown: str
+):
+    of = [(split, label) for split, counts in n_cells.items() for label in (0, 1) for _ in range(counts[label])]
+    some = cells(len(of)).assign(
+        split=[None if split == "unseen" else split for split, _ in of],
+        label=[label for _, label in of],
+        patient_id=[f"{split}-{i % 4}" for i, (split, _) in enumerate(of)],
+    )
+    text = Page(reported(write_results(tmp_path / "results", some, has_images=False))).text
+    n_uninfected, n_parasitized = n_cells[shown]
+    for words in (
+        f"sensitivity, {shown}",
+        f"Confusion matrix, {shown} split",
+        f"Charts of the {shown} split",
+        f"{n_uninfected + n_parasitized} cells in bins of 0.05",
+        f"Galleries of the {shown} split",
+        f"by their cells of the {shown} split",
+    ):
+        assert words in text
+
+
+def test_patients_of_most_cells_are_drawn_where_no_cell_has_a_label(tmp_path: Path):
+    some = cells(60).assign(label=pd.NA, split=["test"] + [None] * 59)
+    text = Page(reported(write_results(tmp_path / "results", some, has_images=False))).text
+    assert "12 patients by their cells of the unseen split" in text
+
+
 def test_a_missing_table_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     results = write_results(tmp_path / "results", cells(20))
     (results / "predictions" / "part-00000.parquet").unlink()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,8 +13,8 @@ import pytest
 from stages.conftest import Line
 
 from malaria_ray.errors import ConfigError, DatasetError
-from malaria_ray.stages import compare
-from malaria_ray.stages.run_comparison import _test_metrics, open_runs, pooled
+from malaria_ray.stages import compare, run_comparison
+from malaria_ray.stages.run_comparison import _test_metrics, compare_runs, open_runs, pooled
 
 
 def test_runs_are_told_side_by_side_with_the_test_data_of_their_results(
@@ -49,6 +50,47 @@ def test_folds_of_one_cross_validation_are_pooled(line: Line, tmp_path: Path):
     assert whole.name == "2 of 2 folds of cnn"
     assert whole.test is not None
     assert set(whole.test["image_id"]) == set(runs[0].test["image_id"]) | set(runs[1].test["image_id"])
+
+
+def test_cross_validations_of_one_model_are_told_apart_by_what_differs(line: Line, monkeypatch: pytest.MonkeyPatch):
+    test = pd.DataFrame(
+        {
+            "image_id": [f"cell_{i}.png" for i in range(4)],
+            "patient_id": ["P1", "P1", "P2", "P2"],
+            "label": [0, 1, 0, 1],
+            "score": [0.2, 0.9, 0.3, 0.8],
+            "predicted_label": [0, 1, 0, 1],
+        }
+    )
+    (trained,) = open_runs([str(line.run)])
+    runs = [
+        replace(
+            trained,
+            name=f"{name}-{fold}",
+            identity=trained.identity | changed | {"fold": f"{fold} of 5", "init_from": f"{name}-{fold}"},
+            test=test,
+        )
+        for name, changed in {
+            "plain": {"augment": False},
+            "augmented": {"augment": True},
+            "wide": {"augment": True, "batch_size": 32},
+            "vgg19": {"model": "vgg19-frozen"},
+        }.items()
+        for fold in (1, 2)
+    ]
+    names = [
+        "2 of 5 folds of cnn, augment False, batch_size 16",
+        "2 of 5 folds of cnn, augment True, batch_size 16",
+        "2 of 5 folds of cnn, augment True, batch_size 32",
+        "2 of 5 folds of vgg19-frozen",
+    ]
+    assert [whole.name for whole in pooled(runs)] == names
+    assert [whole.name for whole in pooled(runs[2:4])] == ["2 of 5 folds of cnn"]
+    drawn = {}
+    monkeypatch.setattr(run_comparison, "open_runs", lambda urls: runs)
+    monkeypatch.setattr(run_comparison, "runs_figure", lambda histories, scores: drawn.update(scores) or b"")
+    compare_runs([], n_resamples=100, seed=42)
+    assert list(drawn) == [run.name for run in runs] + names
 
 
 def test_folds_with_thresholds_of_their_own_are_measured_by_their_calls():

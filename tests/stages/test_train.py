@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.train
 from stages.conftest import IMAGE_SIZE, Line, content
 from stages.killing import run_and_kill
 from upath import UPath
@@ -298,3 +300,12 @@ def test_an_end_without_a_threshold_keeps_the_epochs_for_another_specificity(
     assert json.loads((run / "validation.json").read_text())["calibration"]["specificity"] == 0.7
     with pytest.raises(DirectoryError, match=r"finished with another config: specificity was 0.7, is now 0.6"):
         train_of(line.dataset, run, specificity=0.6)
+
+
+def test_of_epochs_with_the_same_loss_the_one_that_was_kept_is_the_best(tmp_path: Path):
+    """Ray keeps the latest of them, whose weights are exported."""
+    rows = [{"epoch": epoch, "val_loss": loss} for epoch, loss in ((1, 0.5), (2, 0.1), (3, 0.1), (4, 0.1))]
+    (tmp_path / "history.json").write_text(json.dumps(rows))
+    kept = ray.train.Checkpoint.from_directory(str(tmp_path))
+    _, best, epoch = train._history(SimpleNamespace(checkpoint=kept, best_checkpoints=[(kept, rows[3])]))
+    assert (best, epoch) == (kept, 4)

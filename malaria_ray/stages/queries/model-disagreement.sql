@@ -4,6 +4,7 @@ SELECT other.results, first.image_id, first.patient_id, first.label,
 FROM predictions AS first
 JOIN runs ON runs.results = first.results AND runs.number = 1
 JOIN predictions AS other ON other.image_id = first.image_id AND other.results <> first.results
+    AND other.content_digest IS NOT DISTINCT FROM first.content_digest
 WHERE first.predicted_label <> other.predicted_label
 ORDER BY difference DESC, first.image_id, other.results
 LIMIT 100;
