@@ -80,8 +80,8 @@ def check_trainable(cells: pd.DataFrame, *, by: SplitBy) -> None:
 def _folds(cells: pd.DataFrame, *, by: SplitBy, n_folds: int, seed: int) -> np.ndarray:
     """Fold of each row of `cells`, int64 in 0..n_folds-1; the rows' order does not matter."""
     order = np.argsort(cells["image_id"].to_numpy(dtype=object), kind="stable")
-    if by == "image" and "content_digest" in cells and cells["content_digest"].duplicated().any():
-        digests = cells["content_digest"].to_numpy(dtype=object)
+    if by == "image" and "content_digest" in cells:
+        digests = cells["content_digest"].fillna(cells["image_id"]).to_numpy(dtype=object)
         firsts = order[~pd.Series(digests[order]).duplicated()]
         of_firsts = _folds(cells.iloc[firsts].drop(columns="content_digest"), by=by, n_folds=n_folds, seed=seed)
         return pd.Series(of_firsts, digests[firsts]).loc[digests].to_numpy()

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from malaria_ray.cells.copies import is_copy
 from malaria_ray.errors import DatasetError, QueryError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.terminal import folded, printable
@@ -40,7 +41,7 @@ SHOWN = (
 )
 
 _SHARED = """
-    SELECT first.image_id, coalesce(first.label, other.label) AS label,
+    SELECT first.image_id, first.content_digest, coalesce(first.label, other.label) AS label,
            coalesce(first.patient_id, other.patient_id) AS patient_id,
            first.score AS score, other.score AS other_score,
            first.predicted_label AS called, other.predicted_label AS other_called,
@@ -219,15 +220,16 @@ def _training(one: Results) -> dict[str, Any]:
 
 
 def _held_out(cells: pd.DataFrame) -> pd.DataFrame:
-    """The labelled cells that no model was trained on; all labelled ones where there are none."""
-    labelled = cells[cells["label"].notna()]
+    """The labelled cells that no model was trained on, copies once; all labelled ones where there are none."""
+    labelled = cells[cells["label"].notna() & ~is_copy(cells, "is_held_out")]
     held_out = labelled[labelled["is_held_out"]]
     return held_out if len(held_out) else labelled
 
 
 def _common(pairs: Sequence[Pair]) -> pd.DataFrame:
     """The labelled cells that all results have: label, score_0, score_1, …, is_held_out (by all)."""
-    common = pairs[0].shared[["image_id", "label", "score", "is_held_out"]].rename(columns={"score": "score_0"})
+    columns = ["image_id", "content_digest", "patient_id", "label", "score", "is_held_out"]
+    common = pairs[0].shared[columns].rename(columns={"score": "score_0"})
     for number, pair in enumerate(pairs, start=1):
         theirs = pair.shared[["image_id", "label", "other_score", "is_held_out"]]
         theirs = theirs.rename(

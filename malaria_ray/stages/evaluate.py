@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
+from malaria_ray.cells.copies import is_copy
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.provenance import code_digest
@@ -22,7 +23,6 @@ from malaria_ray.runtime.terminal import console, number
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
 from malaria_ray.stages.views import (
-    COPY_OF,
     Results,
     check_cells,
     connect,
@@ -129,7 +129,7 @@ def _evaluate(config: Config, opened: Results, split: pd.Series) -> dict[str, st
     results, success = opened.path, opened.success
     predictions = storage.read_table(results / "predictions").to_pandas()
     predictions["split"] = predictions["image_id"].map(split)
-    cells = predictions[~predictions.duplicated(list(COPY_OF))]
+    cells = predictions[~is_copy(predictions, "split")]
     threshold = float(success["threshold"])
     validation = _validation(results)
     patients = pd.DataFrame(columns=PATIENTS.names)

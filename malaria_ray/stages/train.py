@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tyro.conf import Positional
 from upath import UPath
 
+from malaria_ray.cells.copies import is_copy
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
@@ -185,7 +186,7 @@ def run(config: Config) -> None:
     splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
         uninfected = cells[(splits == Split.val) & (cells["label"] == Label.uninfected)]
-        check_specificity(config.specificity, uninfected["content_digest"].nunique())
+        check_specificity(config.specificity, int((~is_copy(uninfected)).sum()))
     if not outputs.prepare(
         path,
         stage="train",
@@ -204,7 +205,7 @@ def run(config: Config) -> None:
         cells["patient_id"].nunique(),
         ", ".join(f"{split} {int((splits == split).sum()):,}" for split in Split),
     )
-    if n_copies := int(cells["content_digest"].duplicated().sum()):
+    if n_copies := int(is_copy(cells).sum()):
         log.info(
             "%s images are copies of others, byte for byte%s",
             f"{n_copies:,}",
@@ -335,9 +336,8 @@ def _learn(cells: pd.DataFrame, splits: pd.Series, scores: Scores, *, specificit
     copies of a cell count once.
     """
     of_val = cells[splits == Split.val].sort_values("image_id").assign(split=Split.val, score=scores)
-    of_val = of_val.drop_duplicates(["content_digest", "patient_id", "label"])
     try:
-        return learn_from_validation(of_val, specificity=specificity)
+        return learn_from_validation(of_val[~is_copy(of_val)], specificity=specificity)
     except DatasetError as error:
         if specificity is None:
             raise

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from malaria_ray.cells.copies import COPY_OF
 from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import (
@@ -54,9 +55,6 @@ _PLACES: dict[str, tuple[Table, str, str]] = {
 """View: its table, the file or folder of parts in a results directory, the command that writes it."""
 _ENDS_WITH = {"evaluate": "metrics", _AGAINST: "differences"}
 """Command: the folder where it says that it has finished."""
-
-COPY_OF = ("content_digest", "patient_id", "split", "label")
-"""Cells that agree in these are one cell under several names: no evidence more than one."""
 
 _CELLS = """\
 CREATE OR REPLACE VIEW cells AS
@@ -186,7 +184,8 @@ def known_patients_line(connection: duckdb.DuckDBPyConnection, results: Results)
 def copies_line(connection: duckdb.DuckDBPyConnection, results: Results) -> str | None:
     """How many predictions are of copies, which metrics and patients count once; None where there are none."""
     found = connection.execute(
-        f"SELECT count(*) - count(DISTINCT ({', '.join(COPY_OF)})), count(*) FROM cells WHERE results = $1",
+        f"SELECT count(content_digest) - count(DISTINCT ({', '.join(COPY_OF)}, split)) "
+        "FILTER (content_digest IS NOT NULL), count(*) FROM cells WHERE results = $1",
         [results.name],
     )
     ((n_copies, n_cells),) = found.fetchall()

@@ -271,6 +271,9 @@ def test_copies_of_a_cell_are_one_cell(tmp_path: Path, capsys: pytest.CaptureFix
         made.append([pq.read_table(results / table).to_pandas() for table in ("patients", "curves", "metrics")])
     for ours, theirs in zip(*made, strict=True):
         pd.testing.assert_frame_equal(ours, theirs)
+    evaluate.run(evaluate.Config(results=str(tmp_path / "twice"), against=str(tmp_path / "once"), n_resamples=100))
+    differences = pq.read_table(tmp_path / "twice" / "differences").to_pandas()
+    assert (differences["value"] == differences["against_value"]).all()
 
 
 def test_rates_of_patients_say_of_how_many(tmp_path: Path):
