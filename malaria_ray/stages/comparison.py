@@ -21,7 +21,7 @@ from malaria_ray.stages.charts import Axis, Series, histogram, line_chart
 from malaria_ray.stages.figures import Figure
 from malaria_ray.stages.galleries import Gallery, pictures
 from malaria_ray.stages.pages import render, short
-from malaria_ray.stages.views import Results, connect
+from malaria_ray.stages.views import Results, connect, known_patients_said
 from malaria_ray.statistics.intervals import paired_bootstrap_over_patients
 from malaria_ray.statistics.metrics import COUNTS, calibration_curve, cell_metrics, roc_curve
 
@@ -202,21 +202,11 @@ def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _known_patients(cells: pd.DataFrame, first: Results, other: Results) -> list[str]:
     """As `views.known_patients_line`, of the cells of a pair."""
-    lines = []
-    for one, column in ((first, "knows_patient"), (other, "other_knows_patient")):
-        if n_known := int(cells[column].sum()):
-            why = ", as the run was split by image" if _training(one).get("split_by") == "image" else ""
-            lines.append(
-                f"{one.name}: {n_known:,} of {len(cells):,} shared held-out cells are of patients that the run was "
-                f"trained or tuned on{why}: their figures are better than a new patient's would be."
-            )
-    return lines
-
-
-def _training(one: Results) -> dict[str, Any]:
-    """The config of `train`."""
-    config: dict[str, Any] = storage.read_json(one.path / "model" / "config.json")["config"]
-    return config
+    return [
+        f"{one.name}: {known_patients_said(one, n_known, f'{len(cells):,} shared held-out cells')}"
+        for one, column in ((first, "knows_patient"), (other, "other_knows_patient"))
+        if (n_known := int(cells[column].sum()))
+    ]
 
 
 def _held_out(cells: pd.DataFrame) -> pd.DataFrame:
@@ -250,6 +240,7 @@ def _model(connection: duckdb.DuckDBPyConnection, one: Results, common: pd.DataF
         label, score = common["label"].to_numpy(np.int64), common[f"score_{number}"].to_numpy(np.float32)
         of_cells = cell_metrics(label, score, threshold=float(one.success["threshold"]))
         values = {name: None if np.isnan(value) else value for name, value in of_cells.items()}
+    training = storage.read_json(one.path / "model" / "config.json")["config"]
     return {
         "name": one.name,
         "model": one.success["model"],
@@ -257,7 +248,7 @@ def _model(connection: duckdb.DuckDBPyConnection, one: Results, common: pd.DataF
         "threshold": one.success["threshold"],
         "engine": one.run["identity"]["engine"],
         "split": one.run["identity"]["split"],
-        "split_by": _training(one).get("split_by", ""),
+        "split_by": training.get("split_by", ""),
         "finished": one.success["finished_at"][:10],
         "n": found[0][0],
         "n_called": found[0][1],

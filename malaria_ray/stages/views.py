@@ -171,13 +171,16 @@ def known_patients_line(connection: duckdb.DuckDBPyConnection, results: Results)
         [results.name],
     )
     ((n_known, n_cells),) = found.fetchall()
-    if not n_known:
-        return None
-    split_by = storage.read_json(results.path / "model" / "config.json")["config"]["split_by"]
+    return known_patients_said(results, n_known, f"{n_cells:,} held-out cells") if n_known else None
+
+
+def known_patients_said(results: Results, n_known: int, of_cells: str) -> str:
+    """The sentence for `n_known` of some cells."""
+    split_by = storage.read_json(results.path / "model" / "config.json")["config"].get("split_by")
     why = ", as the run was split by image" if split_by == "image" else ""
     return (
-        f"{n_known:,} of {n_cells:,} held-out cells are of patients that the run was trained or tuned on{why}: their "
-        "figures are better than a new patient's would be."
+        f"{n_known:,} of {of_cells} are of patients that the run was trained or tuned on{why}: their figures are "
+        "better than a new patient's would be."
     )
 
 
