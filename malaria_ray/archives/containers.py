@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
@@ -22,7 +22,12 @@ log = logging.getLogger("malaria_ray")
 T = TypeVar("T")
 
 _NO_RANGES = "the server does not answer range requests"
-_WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try
+WAITS_S = (0.5, 1.0, 2.0)
+"""Before the second, third and fourth try of a read that failed."""
+
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What another try would say again."""
+
 _READ_AHEAD = 8 * 1024**2  # of a remote file: its headers are read one after the other
 _DETAIL_LETTERS = 300  # kept of what a storage's client says: some append a whole page
 
@@ -57,11 +62,11 @@ def listed(path: UPath, places: Callable[[], Iterator[pa.Table]]) -> Iterator[pa
     if storage.is_local(path):
         yield from places()
         return
-    for wait_s in (*_WAITS_S, None):
+    for wait_s in (*WAITS_S, None):
         try:
             tables = list(places())
         except ArchiveError as error:
-            is_final = isinstance(error.__cause__, (FileNotFoundError, PermissionError)) or _NO_RANGES in str(error)
+            is_final = isinstance(error.__cause__, FINAL) or _NO_RANGES in str(error)
             if wait_s is None or is_final:
                 raise
             log.info("%s; trying again", error)
@@ -96,13 +101,13 @@ def not_read(path: UPath, error: Exception) -> ArchiveError:
     return ArchiveError(f"{path} cannot be read: {error}; check the address and your permissions")
 
 
-def tried(read: Callable[[], T], waits_s: Sequence[float]) -> T | ReadError:
-    """What `read` gives, tried again after each of `waits_s`; what its last try raised where that fails too."""
-    for wait_s in (*waits_s, None):
+def tried(read: Callable[[], T]) -> T | ReadError:
+    """What `read` gives, tried again after each of `WAITS_S`; what its last try raised where that fails too."""
+    for wait_s in (*WAITS_S, None):
         try:
             return read()
         except Exception as error:  # storage's clients and Parquet's reader raise kinds of their own
-            if wait_s is None or isinstance(error, (FileNotFoundError, PermissionError, IndexError)):
+            if wait_s is None or isinstance(error, (*FINAL, IndexError)):
                 return unreadable(error)
             time.sleep(wait_s)
     raise AssertionError("the last try returns")

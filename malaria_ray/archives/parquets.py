@@ -239,13 +239,13 @@ def _bytes_a_row(parquet: pq.ParquetFile, image: str) -> int:
     return int(sum(groups) // metadata.num_rows)
 
 
-def read_rows(container: str, offsets: Sequence[int], *, waits_s: Sequence[float]) -> Iterator[bytes | ReadError]:
+def read_rows(container: str, offsets: Sequence[int]) -> Iterator[bytes | ReadError]:
     """The encoded bytes of rows of one file, in the order of `offsets`; a `ReadError` for each that cannot be had.
 
-    Of a row group only the wanted rows are kept. What fails is tried again after each of `waits_s`.
+    Of a row group only the wanted rows are kept.
     """
     path = storage.locate(container)
-    metadata = containers.tried(lambda: _metadata(path), waits_s)
+    metadata = containers.tried(lambda: _metadata(path))
     if isinstance(metadata, ReadError):
         yield from (metadata for _ in offsets)
         return
@@ -254,7 +254,7 @@ def read_rows(container: str, offsets: Sequence[int], *, waits_s: Sequence[float
     for group, run in itertools.groupby(zip(groups, offsets, strict=True), key=lambda pair: pair[0]):
         wanted = [offset - int(begins[group]) for _, offset in run]
         read = partial(_read_group, path, metadata, group, wanted)
-        found = containers.tried(read, waits_s)
+        found = containers.tried(read)
         yield from (found for _ in wanted) if isinstance(found, ReadError) else found
 
 

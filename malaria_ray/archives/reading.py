@@ -34,8 +34,6 @@ UNKNOWN_BYTES = 64 * 1024
 _READ_BYTES = 32 * 1024**2  # files are read in groups of about this size, so memory does not grow with the shard
 _REQUEST_BYTES = 4 * 1024**2  # neighbours in one container are read by one request of up to this size
 _GAP_BYTES = 4096  # what lies between two members of a tar is read with them
-_WAITS_S = (0.5, 1.0, 2.0)  # before the second, third and fourth try of a read that failed
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # another try would say the same
 _CELL_COLUMNS = ["image_id", "label", "patient_id", "n_bytes", "width", "height", "content_digest", "status", "detail"]
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -112,7 +110,7 @@ def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:
 def _read_group(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     readable = [row for row in rows if _refused_unread(row) is None]
     if rows[0]["method"] == "parquet":
-        loaded = read_rows(rows[0]["container"], [row["offset"] for row in readable], waits_s=_WAITS_S)
+        loaded = read_rows(rows[0]["container"], [row["offset"] for row in readable])
     else:
         loaded = _load_files(readable) if rows[0]["offset"] is None else _load_members(readable)
     for row in rows:
@@ -188,8 +186,8 @@ def _fetch(
     """
     fetched: list[bytes | BaseException] = fs.cat_ranges(paths, list(starts), list(ends), on_error="return")
     fetched = [_of_size(data, size) for data, size in zip(fetched, sizes, strict=True)]
-    for wait_s in _WAITS_S:
-        failed = [i for i, data in enumerate(fetched) if not isinstance(data, (bytes, *_FINAL))]
+    for wait_s in containers.WAITS_S:
+        failed = [i for i, data in enumerate(fetched) if not isinstance(data, (bytes, *containers.FINAL))]
         if not failed:
             break
         time.sleep(wait_s)
@@ -264,7 +262,7 @@ def _read_crops(listing: pa.Table, *, image_size: int) -> Cells:
     for container in pc.unique(listing["container"]).to_pylist():
         rows = listing.filter(pc.equal(listing["container"], container))
         offsets = rows["offset"].to_numpy()
-        part = containers.tried(partial(_rows_of, storage.locate(container), offsets), _WAITS_S)
+        part = containers.tried(partial(_rows_of, storage.locate(container), offsets))
         n = rows.num_rows
         if isinstance(part, ReadError):
             known, status, detail = rows, part.reason.value, part.detail

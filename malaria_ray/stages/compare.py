@@ -11,7 +11,7 @@ from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY
-from malaria_ray.stages.comparison import Pair, metrics_table, page, pair_of
+from malaria_ray.stages.comparison import Pair, check_labels, metrics_table, page, pair_of
 from malaria_ray.stages.run_comparison import compare_runs
 from malaria_ray.stages.views import check_cells, connect, open_results
 
@@ -70,6 +70,7 @@ def run(config: Config) -> None:
     first, *others = opened = open_results(config.results)
     check_cells(opened)
     connection = connect(opened)
+    check_labels(connection)
     pairs = []
     for other in others:
         pairs.append(pair_of(connection, first, other, n_resamples=config.n_resamples, seed=config.seed))

@@ -93,8 +93,7 @@ class Pair:
 def pair_of(
     connection: duckdb.DuckDBPyConnection, first: Results, other: Results, *, n_resamples: int, seed: int
 ) -> Pair:
-    """Raises: `QueryError` where they share no image, `DatasetError` where an image has two labels."""
-    _check_labels(connection)
+    """Raises: `QueryError` where they share no image."""
     shared = connection.sql(_SHARED, params={"first": first.name, "other": other.name}).df()
     if shared.empty:
         raise QueryError(
@@ -190,7 +189,8 @@ def metrics_table(pair: Pair) -> RichTable:
     return folded(table)
 
 
-def _check_labels(connection: duckdb.DuckDBPyConnection) -> None:
+def check_labels(connection: duckdb.DuckDBPyConnection) -> None:
+    """Raises: `DatasetError` where an image has two labels in the results."""
     found = connection.sql(_OF_TWO_LABELS).df()
     if len(found):
         row = found.iloc[0]

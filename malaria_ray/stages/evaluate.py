@@ -21,15 +21,8 @@ from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.provenance import code_digest
 from malaria_ray.runtime.terminal import console, number
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
-from malaria_ray.stages.comparison import Pair, metrics_table, pair_of
-from malaria_ray.stages.views import (
-    Results,
-    check_cells,
-    connect,
-    copies_line,
-    known_patients_line,
-    open_results,
-)
+from malaria_ray.stages.comparison import Pair, check_labels, metrics_table, pair_of
+from malaria_ray.stages.views import Results, check_cells, connect, copies_line, known_patients_line, open_results
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
 from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
@@ -100,6 +93,7 @@ def _compare(config: Config, results: UPath) -> None:
     """Writes differences/ and prints it. Raises: `DatasetError` where no image of both has a label."""
     theirs, ours = open_results([str(config.against), config.results])
     with connect([theirs, ours]) as connection:
+        check_labels(connection)
         pair = pair_of(connection, theirs, ours, n_resamples=config.n_resamples, seed=config.seed)
     if pair.metrics is None:
         raise DatasetError(f"{ours.path} and {theirs.path} share no labelled image; --against compares by labels")

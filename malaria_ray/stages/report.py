@@ -12,9 +12,9 @@ from typing import Any
 import duckdb
 from tyro.conf import Positional
 
-import malaria_ray
 from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.provenance import code_digest
 from malaria_ray.runtime.terminal import console, printable
 from malaria_ray.schema import REASON_MEANING, RESEARCH_ONLY, Label
 from malaria_ray.stages import figures
@@ -57,7 +57,7 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Writes the report; does nothing where it was made from the same tables by the same version."""
+    """Writes the report; does nothing where it was made from the same tables by the same code."""
     (results,) = open_results([config.results])
     folder = results.path / "report"
     marker = folder / outputs.SUCCESS
@@ -91,7 +91,7 @@ def run(config: Config) -> None:
 
 
 def _identity(results: Results, config: Config) -> dict[str, Any]:
-    """What decides the report: the tables, the page's own files, the version."""
+    """What decides the report: the tables, the page's own files, the code."""
     evaluated = results.path / "metrics" / outputs.SUCCESS
     compared = results.path / "differences" / outputs.SUCCESS
     return {
@@ -101,7 +101,7 @@ def _identity(results: Results, config: Config) -> dict[str, Any]:
         "thumbnails": config.thumbnails,
         "grad_cam": config.grad_cam,
         "templates": templates_digest(),
-        "malaria_ray": malaria_ray.__version__,
+        "code_digest": code_digest(),
     }
 
 

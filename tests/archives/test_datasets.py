@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from malaria_ray.archives import containers, open_archive, reading
+from malaria_ray.archives import containers, open_archive
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crops_column
@@ -129,7 +129,7 @@ def test_part_with_pickled_objects_is_refused(tmp_path: Path) -> None:
 def test_a_part_that_cannot_be_read_costs_its_own_rows(
     dataset: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_WAITS_S", (0.0,))
+    monkeypatch.setattr(containers, "WAITS_S", (0.0,))
     listing = list_archive(open_archive(dataset))
     part = storage.locate(dataset) / "crops" / storage.part_name(1)
     if fault == "gone":

@@ -14,7 +14,7 @@ import pytest
 import samples
 from servers import Site, serve
 
-from malaria_ray.archives import open_archive, parquets, reading
+from malaria_ray.archives import containers, open_archive, parquets
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells, read_files
 from malaria_ray.errors import ArchiveError, ReadError
@@ -135,7 +135,7 @@ def test_row_without_bytes_is_a_row_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_damaged_row_group_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_WAITS_S", (0.0,))
+    monkeypatch.setattr(containers, "WAITS_S", (0.0,))
     file = tmp_path / "cells.parquet"
     pq.write_table(pa.table({"image": IMAGES}), file, row_group_size=2, compression="zstd", use_dictionary=False)
     listing = list_archive(open_archive(str(file)))
@@ -189,7 +189,7 @@ def test_a_large_row_group_is_read_once_by_blocks_that_follow(tmp_path: Path, mo
             n_read.append(size or 0)
             return super().read(size)
 
-    monkeypatch.setattr(parquets.containers, "open_file", lambda path, **_: Counting(path.path))
+    monkeypatch.setattr(containers, "open_file", lambda path, **_: Counting(path.path))
     monkeypatch.setattr(parquets, "_BUFFER_BYTES", 100_000)
     listing = list_archive(open_archive(str(path)))
     n_read.clear()

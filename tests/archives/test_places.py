@@ -127,8 +127,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     options = {"read_timeout": 1, "connect_timeout": 5, "retries": {"max_attempts": 0}}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": options})
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
-    monkeypatch.setattr(reading, "_WAITS_S", (0.02,) * 8)
-    monkeypatch.setattr(containers, "_WAITS_S", (0.02,) * 8)
+    monkeypatch.setattr(containers, "WAITS_S", (0.02,) * 8)
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -165,7 +164,7 @@ def test_object_that_fails_always_is_unreadable_and_its_neighbours_are_not(
 ) -> None:
     upload(s3, {"a.png": samples.noise(1), "bad.png": samples.noise(2), "c.png": samples.noise(3)})
     listing = list_archive(open_archive("s3://cells-bucket/in"))
-    monkeypatch.setattr(reading, "_WAITS_S", (0.02, 0.02))
+    monkeypatch.setattr(containers, "WAITS_S", (0.02, 0.02))
     with faulty(FaultyProxy(s3.meta.endpoint_url, share=0, chance=random.Random(1), always="bad")) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         import s3fs

@@ -13,7 +13,7 @@ import samples
 from samples import zip_of
 from servers import Site, closed_url, serve
 
-from malaria_ray.archives import open_archive, reading
+from malaria_ray.archives import containers, open_archive, reading
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells, read_files
 from malaria_ray.cells.crops import crop_pixels
@@ -215,7 +215,7 @@ def test_server_that_is_down_is_told_in_one_line() -> None:
 
 @pytest.fixture
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_WAITS_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(containers, "WAITS_S", (0.01, 0.01, 0.01))
 
 
 @pytest.mark.usefixtures("_short_waits")

@@ -145,6 +145,18 @@ def test_models_disagree_only_about_images_of_one_content(tmp_path: Path):
     assert len(ask((str(first), str(second)), example="model-disagreement")) == 40
 
 
+def test_labels_and_patients_of_disagreements_are_those_that_either_knows(tmp_path: Path):
+    some = cells(40)
+    unknown = some.assign(label=pd.array([pd.NA] * len(some), "Int8"), patient_id=None)
+    first = write_results(tmp_path / "first", unknown)
+    others = some.assign(score=1 - some["score"])
+    second = write_results(tmp_path / "second", others, archive=tmp_path / "first-archive")
+    answer = ask((str(first), str(second)), example="model-disagreement").set_index("image_id")
+    known = some.set_index("image_id").loc[answer.index]
+    assert answer["label"].tolist() == known["label"].tolist()
+    assert answer["patient_id"].tolist() == known["patient_id"].tolist()
+
+
 def test_drift_is_the_population_stability_index_over_ten_bins(two: tuple[str, str]):
     answer = ask(two, example="drift").set_index("results")
     shares = [

@@ -118,6 +118,18 @@ def test_a_second_run_changes_nothing_and_says_so(made: Path, caplog: pytest.Log
     assert "nothing to do" in caplog.text
 
 
+def test_a_page_of_other_code_is_made_anew(made: Path, monkeypatch: pytest.MonkeyPatch):
+    before = page_of(made).read_text()
+    page_of(made).write_text("what that code wrote")
+    report.run(report.Config(results=str(made)))
+    assert page_of(made).read_text() == "what that code wrote"
+    monkeypatch.setattr(report, "code_digest", lambda: "0" * 16)
+    report.run(report.Config(results=str(made)))
+    assert page_of(made).read_text() == before
+    monkeypatch.undo()
+    report.run(report.Config(results=str(made)))  # `made` as it was
+
+
 def test_a_report_written_anew_has_the_same_bytes(made: Path):
     before = content(made)
     report.run(report.Config(results=str(made), overwrite=True))

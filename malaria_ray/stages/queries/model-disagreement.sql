@@ -1,5 +1,6 @@
 -- Needs several results. Images that the first and another give different calls, the furthest apart first.
-SELECT other.results, first.image_id, first.patient_id, first.label,
+SELECT other.results, first.image_id,
+       coalesce(first.patient_id, other.patient_id) AS patient_id, coalesce(first.label, other.label) AS label,
        first.score AS first_score, other.score AS other_score, abs(first.score - other.score) AS difference
 FROM predictions AS first
 JOIN runs ON runs.results = first.results AND runs.number = 1
