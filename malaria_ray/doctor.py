@@ -117,9 +117,9 @@ def _report(findings: list[Finding]) -> None:
     """Raises: `ClusterError` where one is a fault."""
     out = console()
     for finding in findings:
-        out.print(f"{finding.level:6}{finding.check}: {finding.found}", markup=False, soft_wrap=True)
+        out.print(f"{finding.level:6}{finding.check}: {finding.found}", soft_wrap=True)
         if finding.remedy:
-            out.print(f"      → {finding.remedy}", markup=False, soft_wrap=True)
+            out.print(f"      → {finding.remedy}", soft_wrap=True)
     n_faults = sum(finding.is_fault for finding in findings)
     if n_faults:
         raise ClusterError(f"{n_faults} {'fault' if n_faults == 1 else 'faults'}; the remedies stand above")

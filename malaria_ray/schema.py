@@ -276,8 +276,8 @@ METRICS = Table(
             pa.float64(),
             "upper end of the 95 % interval by bootstrap over patients; null where none",
         ),
-        Column("n", pa.int64(), "cells or patients that the value is computed from"),
-        Column("threshold", pa.float64(), "score from which a cell is called parasitized; null where not used"),
+        Column("n", pa.int64(), "labelled cells of the split; of patients, those whose label the metric is about"),
+        Column("threshold", pa.float64(), "score from which a cell is called parasitized; roc_auc, say, knows none"),
     ),
 )
 

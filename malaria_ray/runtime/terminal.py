@@ -25,8 +25,9 @@ _PLAIN_WIDTH = 110  # columns of a table where there is no terminal to ask
 
 
 def console() -> Console:
-    """Where tables are printed: stdout, as wide as the terminal."""
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    """Where tables are printed: stdout, as wide as the terminal. Text is printed as it is, names may hold brackets."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def printable(text: str) -> str:

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import tyro
-from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 from tyro.conf import Positional
 from upath import UPath
 
+from malaria_ray.cells.copies import is_copy
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, number, printable
@@ -87,20 +87,22 @@ def _records(one: Results) -> dict[str, str]:
 def _audit(connection: duckdb.DuckDBPyConnection, opened: Sequence[Results], path: UPath, started: float) -> None:
     found = connection.sql(_OUT_OF_FOLD).df()
     _check(found)
-    images = found.groupby("image_id").agg(label=("label", "first"), patient_id=("patient_id", "first"))
+    images = found.groupby("image_id").agg(
+        label=("label", "first"), patient_id=("patient_id", "first"), content_digest=("content_digest", "first")
+    )
     by_results = found.pivot(index="image_id", columns="results", values="score").loc[images.index]
     label = images["label"].to_numpy(np.int64)
     scores = {name: by_results[name].to_numpy(np.float32) for name in by_results}
     _, mean = mean_score(label, scores)
     is_doubted = likely_wrong(label, scores)
     table = label_audit(images.index, label, scores, patient_id=images["patient_id"])
-    metrics = [
-        metrics_with_and_without(label, mean, is_doubted, threshold=0.5).assign(results=MEAN, model=None, threshold=0.5)
-    ]
+    is_counted = ~is_copy(images).to_numpy()
+    of_mean = metrics_with_and_without(label[is_counted], mean[is_counted], is_doubted[is_counted], threshold=0.5)
+    metrics = [of_mean.assign(results=MEAN, model=None, threshold=0.5)]
     for one in opened:
         if one.name not in scores:
             continue
-        has_score, threshold = ~np.isnan(scores[one.name]), float(one.success["threshold"])
+        has_score, threshold = is_counted & ~np.isnan(scores[one.name]), float(one.success["threshold"])
         metrics.append(
             metrics_with_and_without(
                 label[has_score], scores[one.name][has_score], is_doubted[has_score], threshold=threshold
@@ -163,7 +165,7 @@ def _print_report(path: UPath, success: dict[str, Any]) -> None:
                 f"{number(row['value'])} ({row['n']:,})",
                 f"{number(row['value_without'])} ({row['n_without']:,})",
             )
-            shown.add_row(escape(printable(str(name))), metric, *cells)
+            shown.add_row(printable(str(name)), metric, *cells)
     out.print(shown)
     if len(audit):
         table = RichTable("image", "label", "mean score", "models against", title="the least credible labels")

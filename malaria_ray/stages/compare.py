@@ -79,9 +79,9 @@ def run(config: Config) -> None:
         target = storage.locate(config.report)
         thumbnails = _THUMBNAILS if config.thumbnails is None else config.thumbnails
         storage.write_bytes(target, page(connection, pairs, thumbnails=thumbnails).encode())
-        console().print(f"{target}  open it in a browser", markup=False, soft_wrap=True)
+        console().print(f"{target}  open it in a browser", soft_wrap=True)
     else:
-        console().print("--report FILE.html writes this as a page, with the curves and pictures", markup=False)
+        console().print("--report FILE.html writes this as a page, with the curves and pictures")
     console().print(RESEARCH_ONLY)
 
 
@@ -99,6 +99,5 @@ def _print_pair(pair: Pair) -> None:
     )
     out.print(
         f"malaria-ray query {pair.first.path} {pair.other.path} --example model-disagreement lists them.",
-        markup=False,
         soft_wrap=True,
     )

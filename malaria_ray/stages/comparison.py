@@ -9,7 +9,6 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
-from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -145,7 +144,7 @@ def page(connection: duckdb.DuckDBPyConnection, pairs: Sequence[Pair], *, thumbn
         "comparison.html",
         models=[_model(connection, one, common, number) for number, one in enumerate(results)],
         n_common=len(common),
-        common_cells="held-out cells" if len(common) and common["is_held_out"].all() else "labelled cells",
+        is_common_held_out=bool(common["is_held_out"].all()),
         together=_together(results, common) if len(common) else [],
         pairs=[
             _section(pair, number, of_pair) for number, (pair, of_pair) in enumerate(zip(pairs, galleries, strict=True))
@@ -162,15 +161,15 @@ def shown_metrics(pair: Pair) -> list[dict[str, Any]]:
     if pair.metrics is None:
         return rows
     for name in SHOWN:
-        row = pair.metrics.loc[name]
+        row = pair.metrics.loc[name].astype(float).to_dict()
         digits = ",.0f" if name in COUNTS else ".4f"
         has_interval = not np.isnan(row["ci_low"])
         rows.append(
             {
                 "metric": name,
-                "first": f"{row['first']:{digits}}",
-                "other": f"{row['other']:{digits}}",
-                "difference": f"{row['difference']:+{digits}}",
+                "first": _defined(row["first"], digits),
+                "other": _defined(row["other"], digits),
+                "difference": _defined(row["difference"], f"+{digits}"),
                 "interval": f"{row['ci_low']:+.4f} to {row['ci_high']:+.4f}" if has_interval else "",
                 "is_clear": has_interval and (row["ci_low"] > 0 or row["ci_high"] < 0),
             }
@@ -178,9 +177,13 @@ def shown_metrics(pair: Pair) -> list[dict[str, Any]]:
     return rows
 
 
+def _defined(value: float, digits: str) -> str:
+    return "undefined" if np.isnan(value) else f"{value:{digits}}"
+
+
 def metrics_table(pair: Pair) -> RichTable:
     """The same rows for the terminal, and below them which model knows patients of the cells."""
-    names = (escape(f"{printable(one.name)} ({one.success['run_id']})") for one in (pair.first, pair.other))
+    names = (f"{printable(one.name)} ({one.success['run_id']})" for one in (pair.first, pair.other))
     table = RichTable("metric", *names, "difference", "95 % interval", title=f"{pair.n_cells:,} {pair.cells_are}")
     if pair.known_patients:
         table.caption, table.caption_justify = Text("\n".join(map(printable, pair.known_patients))), "left"

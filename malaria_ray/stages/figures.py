@@ -19,7 +19,7 @@ _EDGES = [i / 20 for i in range(21)]
 _HISTOGRAM = """
     SELECT least(floor(score * 20), 19)::INT AS bin, label, count(*) AS n,
            count(*) FILTER (score >= $threshold::FLOAT) AS n_called FROM cells
-    WHERE $split IS NULL OR (split = $split AND label IS NOT NULL) GROUP BY ALL
+    WHERE $split IS NULL OR (split = $split AND label IS NOT NULL AND NOT is_copy) GROUP BY ALL
 """
 
 
@@ -39,7 +39,7 @@ def of_cells(connection: duckdb.DuckDBPyConnection, *, split: str | None, thresh
     figures = _score_histogram(connection, split, threshold)
     if split is None:
         return figures
-    labelled = "SELECT label, score FROM cells WHERE split = $split AND label IS NOT NULL"
+    labelled = "SELECT label, score FROM cells WHERE split = $split AND label IS NOT NULL AND NOT is_copy"
     columns = connection.sql(labelled, params={"split": split}).to_arrow_table()
     label, score = columns["label"].to_numpy(), columns["score"].to_numpy()
     values = cell_metrics(label, score, threshold=threshold)

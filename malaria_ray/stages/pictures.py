@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from sklearn.metrics import roc_curve
 
 from malaria_ray.cells.images import Pixels
@@ -71,23 +72,25 @@ def runs_figure(histories: dict[str, pd.DataFrame], scores: dict[str, pd.DataFra
     figure.suptitle(RESEARCH_ONLY, fontsize=10)
     axes = figure.subplots(1, 3 if scores else 2)
     for axis, name in zip(axes, ("val_accuracy", "val_loss"), strict=False):
-        for run, history in histories.items():
-            axis.plot(history["epoch"], history[name], marker="o", markersize=3, label=run)
+        for history in histories.values():
+            axis.plot(history["epoch"], history[name], marker="o", markersize=3)
         axis.set_xlabel("epoch")
         axis.set_ylabel(name)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    for run, cells in scores.items():
+    for cells in scores.values():
         false, true, _ = roc_curve(cells["label"].astype(int), cells["score"])
-        axes[2].plot(false, true, label=run)
+        axes[2].plot(false, true)
         axes[2].set_xlabel("1 - specificity, test split")
         axes[2].set_ylabel("sensitivity")
-    for axis in axes:
+    for axis, names in zip(axes, (histories, histories, scores), strict=False):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(axis.get_lines(), list(names), fontsize=7)  # as labels, names that begin with _ would be left out
     return _png(figure)
 
 
 def _png(figure: Figure) -> bytes:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names may hold dollar signs
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

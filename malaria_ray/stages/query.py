@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 import duckdb
 import tyro
-from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 from tyro.conf import Positional
@@ -113,7 +112,7 @@ def _explained(error: duckdb.Error, absent: dict[str, str]) -> str:
 def _print_table(answer: duckdb.DuckDBPyRelation, max_rows: int) -> None:
     table = RichTable()
     for name in answer.columns:
-        table.add_column(escape(printable(name)), overflow="fold")  # an id that is cut cannot be searched for
+        table.add_column(printable(name), overflow="fold")  # an id that is cut cannot be searched for
     n_rows = 0
     for batch in answer.to_arrow_reader(max(max_rows, 10_000)):
         shown = batch.slice(0, max(0, max_rows - n_rows))
@@ -161,4 +160,4 @@ def _print_examples() -> None:
         table.add_row(name, " ".join(lines))
     out = console()
     out.print(table)
-    out.print("malaria-ray query RESULTS --example NAME asks one of them", markup=False)
+    out.print("malaria-ray query RESULTS --example NAME asks one of them")

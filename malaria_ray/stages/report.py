@@ -210,7 +210,8 @@ def _metrics(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
 def _confusion(connection: duckdb.DuckDBPyConnection, split: str | None) -> dict[str, int]:
     rows = _rows(
         connection,
-        "SELECT outcome, count(*) AS n FROM cells WHERE split = $split AND outcome IS NOT NULL GROUP BY outcome",
+        "SELECT outcome, count(*) AS n FROM cells WHERE split = $split AND outcome IS NOT NULL AND NOT is_copy "
+        "GROUP BY outcome",
         split=split,
     )
     return {row["outcome"].replace(" ", "_"): row["n"] for row in rows}

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.markup import escape
 from rich.table import Table as RichTable
 from upath import UPath
 
@@ -141,7 +140,7 @@ def _test_scores(path: UPath) -> pd.DataFrame:
     with connect(opened) as connection:
         test: pd.DataFrame = connection.sql(
             "SELECT image_id, patient_id, label, score, predicted_label FROM cells "
-            "WHERE split = 'test' AND label IS NOT NULL ORDER BY image_id"
+            "WHERE split = 'test' AND label IS NOT NULL AND NOT is_copy ORDER BY image_id"
         ).df()
     if test.empty:
         raise DatasetError(
@@ -157,7 +156,7 @@ def _validation_table(runs: Sequence[Run]) -> RichTable:
     for run in runs:
         best, fold = run.success["best"], run.identity.get("fold")
         table.add_row(
-            escape(printable(run.name)),
+            printable(run.name),
             run.success["model"],
             run.identity["split_by"] + (f", fold {fold}" if fold else ""),
             f"{best['epoch']:.0f} of {len(run.history)}",
@@ -175,7 +174,7 @@ def _test_table(runs: Sequence[Run], *, n_resamples: int, seed: int) -> RichTabl
             continue
         values, intervals = _test_metrics(run.test, n_resamples=n_resamples, seed=seed)
         shown = [number(values[name]) + _interval(*intervals[name]) for name in _SHOWN]
-        table.add_row(escape(printable(run.name)), f"{len(run.test):,}", *shown)
+        table.add_row(printable(run.name), f"{len(run.test):,}", *shown)
     return folded(table)
 
 

@@ -3,8 +3,8 @@
     runs           one row per results directory: its place among those given, model, threshold, source
     predictions, quarantine, listing, splits, history, metrics, curves, patients, review, differences
                    the tables of schema.py, with the directory's name in a last column `results`
-    cells          predictions with the split that the model knows each image by, whether it knows the patient, the
-                   threshold and the outcome
+    cells          predictions with the split that the model knows each image by, whether it knows the patient, whether
+                   an earlier image is the same cell (cells/copies.py), the threshold and the outcome
 
 A view exists where every directory has its table. Files are named one by one and not by a pattern, so that no file
 that happens to lie there is counted, and no directory name is taken for a pattern.
@@ -68,6 +68,10 @@ SELECT
         WHEN predictions.label = 1 THEN if(predictions.predicted_label = 1, 'true positive', 'false negative')
         ELSE if(predictions.predicted_label = 1, 'false positive', 'true negative')
     END AS outcome,
+    predictions.content_digest IS NOT NULL AND row_number() OVER (
+        PARTITION BY predictions.results, coalesce(by_content.split, by_name.split), {copy_of}
+        ORDER BY predictions.image_id
+    ) > 1 AS is_copy,
     results
 FROM predictions
 JOIN runs USING (results)
@@ -80,7 +84,7 @@ LEFT JOIN splits AS by_name
     AND by_name.content_digest IS NULL
 LEFT JOIN (SELECT DISTINCT results, patient_id FROM splits WHERE split IN ('train', 'val')) AS known
     ON known.results = predictions.results AND known.patient_id = predictions.patient_id;
-"""
+""".format(copy_of=", ".join(f"predictions.{name}" for name in COPY_OF))
 """An image is known by its content, under any name: a folder and a zip of the same files are the same images. Bytes
 that stand in several splits count as the one that the model saw most of: none that it was trained or tuned on is held
 out. Splits of an older version have no digests: they know images by name.
@@ -187,8 +191,7 @@ def known_patients_said(results: Results, n_known: int, of_cells: str) -> str:
 def copies_line(connection: duckdb.DuckDBPyConnection, results: Results) -> str | None:
     """How many predictions are of copies, which metrics and patients count once; None where there are none."""
     found = connection.execute(
-        f"SELECT count(content_digest) - count(DISTINCT ({', '.join(COPY_OF)}, split)) "
-        "FILTER (content_digest IS NOT NULL), count(*) FROM cells WHERE results = $1",
+        "SELECT count(*) FILTER (is_copy), count(*) FROM cells WHERE results = $1",
         [results.name],
     )
     ((n_copies, n_cells),) = found.fetchall()

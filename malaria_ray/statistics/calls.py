@@ -142,11 +142,12 @@ def n_more_cells(
     with np.errstate(divide="ignore", invalid="ignore"):
         # The distance grows with √n. Of no cells at all, suppose what healthy patients show: the fewest that decide.
         needed = np.where(n > 0, n / distance**2, _z(confidence) ** 2 * (1 - threshold) / threshold)
-    is_low = (distance < 0) | (n == 0)
-    if np.any(is_low & (call == Call.undecided)):
-        needed = np.where(is_low, np.maximum(needed, _fewest_enough(rates, threshold, confidence) - 1), needed)
-    more = np.where(call == Call.undecided, np.floor(needed) + 1 - n, 0)
-    return pd.Series(more).where((call != Call.undecided) | (needed <= MAX_MORE_CELLS)).astype("Int64")
+    is_undecided = call == Call.undecided
+    total = np.maximum(np.floor(needed), n) + 1
+    is_low = is_undecided & ((distance < 0) | (n == 0)) & (total <= MAX_MORE_CELLS)
+    total[is_low] = _next_enough(total[is_low].astype(np.int64), rates, threshold, confidence)
+    more = pd.Series(np.where(is_undecided, total - n, 0))
+    return more.where(more <= MAX_MORE_CELLS).astype("Int64")
 
 
 def limit_of_detection(
@@ -193,11 +194,17 @@ def _is_enough(n: Integers, rates: ErrorRates, threshold: float, confidence: flo
     return is_enough
 
 
-def _fewest_enough(rates: ErrorRates, threshold: float, confidence: float) -> float:
-    """The smallest number of cells with a limit of detection, above 512 within a tenth; infinite where none has one."""
-    n = np.unique(np.concatenate([np.arange(1, 513), np.geomspace(512, MAX_MORE_CELLS, 152)]).astype(np.int64))
-    enough = _is_enough(n, rates, threshold, confidence)
-    return float(n[np.argmax(enough)]) if enough.any() else np.inf
+def _next_enough(n: Integers, rates: ErrorRates, threshold: float, confidence: float) -> Floats:
+    """(p,) the smallest numbers of cells, n or more, that have a limit of detection, above 512 within a tenth; infinite
+    where none has one. A number may be enough though the next is not: the count that is called positive goes up by one.
+    """
+    if not len(n):
+        return np.empty(0)
+    some = np.unique(np.concatenate([np.arange(1, 513), np.geomspace(512, MAX_MORE_CELLS, 152)]).astype(np.int64))
+    enough = some[_is_enough(some, rates, threshold, confidence)]
+    following = np.append(enough.astype(float), np.inf)[np.searchsorted(enough, n)]
+    found: Floats = np.where(_is_enough(n, rates, threshold, confidence), n, following)
+    return found
 
 
 def _distance(k: Integers, n: Integers, threshold: float, confidence: float) -> Floats:

@@ -66,6 +66,33 @@ def test_a_model_compared_with_itself_differs_in_nothing(tmp_path: Path, capsys:
     assert "-0.0001" not in out
 
 
+def test_a_metric_that_is_undefined_is_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    of_one_class = {"a": cells().assign(label=0), "b": cells(scores_seed=9).assign(label=0)}
+    made = [str(write_results(tmp_path / name, of, archive=tmp_path / "archive")) for name, of in of_one_class.items()]
+    html = compared(tmp_path, *made).read_text(encoding="utf-8")
+    for told in (capsys.readouterr().out, Page(html).text):
+        assert "sensitivity" in told
+        assert "undefined" in told
+        assert "nan" not in told
+
+
+def test_three_results_without_a_cell_that_all_hold_out_are_warned_of(tmp_path: Path):
+    """Each pair holds some out."""
+    held_out = {"a": ("0", "1", "2", "3"), "b": ("2", "3", "4", "5"), "c": ("0", "1", "4", "5")}
+    some = cells(600)
+    for missing in ("none", "c"):
+        made = []
+        for name, patients in held_out.items():
+            is_theirs = some["patient_id"].str[1:].isin(patients)
+            of = some.assign(split=is_theirs.map({True: "test", False: "train"}), score=some["score"] ** 1.1)
+            if name != missing:
+                folder = tmp_path / missing / name
+                made.append(str(write_results(folder, of, archive=tmp_path / "archive", model=name, has_images=False)))
+        text = Page(compared(tmp_path / missing, *made).read_text(encoding="utf-8")).text
+        assert ("No labelled image is held out by all" in text) == (missing == "none")
+        assert "No labelled image is held out by both" not in text
+
+
 def test_unlabelled_results_are_compared_by_their_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     unlabelled = {"a": cells().assign(label=pd.NA), "b": cells(scores_seed=9).assign(label=pd.NA)}
     made = [str(write_results(tmp_path / name, of, archive=tmp_path / "archive")) for name, of in unlabelled.items()]
@@ -204,14 +231,14 @@ def test_the_page_of_hostile_names_without_labels_is_text(tmp_path: Path):
     some["patient_id"] = [HOSTILE[i % len(HOSTILE)][:40] for i in range(len(some))]
     made = [
         str(write_results(tmp_path / name, of, archive=tmp_path / "archive"))
-        for name, of in (("<b>a<b>", some), ('it\'s [b] "test"', some.assign(score=1 - some["score"])))
+        for name, of in (("<b>a\u202e<b>", some), ('it\'s [b] "test"', some.assign(score=1 - some["score"])))
     ]
     html = compared(tmp_path, *made).read_text(encoding="utf-8")
     page = Page(html)
     assert len(page.all("script")) == 1
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "No shared image has a label" in page.text
-    assert "<b>a<b> against it's [b]" in page.text
+    assert "<b>a\\u202e<b> against it's [b]" in page.text
     for letter in ("\u202e", "\x1b"):
         assert letter not in html
 

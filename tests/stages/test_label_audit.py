@@ -125,6 +125,16 @@ def test_scores_of_one_run_count_once(tmp_path: Path):
         audited(tmp_path, first, str(again))
 
 
+def test_copies_of_an_image_count_once_in_the_metrics(tmp_path: Path):
+    once = CELLS.assign(content_digest=CELLS["image_id"])
+    twice = pd.concat([once, once.assign(image_id="copy/" + once["image_id"])])
+    (_, expected), (found, metrics) = (
+        audited(tmp_path / name, write_fold(tmp_path / name, 0, of)) for name, of in (("once", once), ("twice", twice))
+    )
+    pd.testing.assert_frame_equal(metrics, expected)
+    assert found["image_id"].str.startswith("copy/").any()
+
+
 def test_one_directory_is_refused():
     with pytest.raises(ConfigError, match="then the directory to write"):
         audit.Config(results_and_audit=("results",))

@@ -144,6 +144,27 @@ def test_evaluating_again_or_losing_the_page_makes_a_new_report(tmp_path: Path):
     assert "Sensitivity".lower() in reported(results)
 
 
+def test_copies_of_a_cell_count_once_in_every_figure_of_the_page(tmp_path: Path):
+    once = cells(480).assign(content_digest=lambda rows: rows["image_id"])
+    wrong = once[(once["score"] >= 0.5) != (once["label"] == 1)]
+    more = pd.concat([once, *(wrong.assign(image_id=f"copy {i}/" + wrong["image_id"]) for i in range(3))])
+    told = []
+    for name, of in (("once", once), ("more", more)):
+        reported(write_results(tmp_path / name, of, has_images=False), thumbnails=0)
+        text = Page(page_of(tmp_path / name).read_text(encoding="utf-8")).text
+        told.append(
+            re.findall(r"under the curve [\d.]+|precision [\d.]+;|error [\d.]+|[\d,]+ (?:true|false) \w+", text)
+        )
+    assert len(told[0]) >= 7
+    assert told[0] == told[1]
+
+
+def test_a_directory_named_like_markup_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = write_results(tmp_path / "r[/red] [bold]:bug:", cells(60), has_images=False)
+    reported(results, thumbnails=0)
+    assert f"{page_of(results)}  open it" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_the_page_is_accessible(made: Path):
     page = Page(page_of(made).read_text(encoding="utf-8"))
     assert page.all("html")[0]["lang"] == "en"

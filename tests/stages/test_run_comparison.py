@@ -125,6 +125,14 @@ def test_test_data_are_known_by_their_bytes_whatever_their_names(line: Line, tmp
     assert run.test.drop(columns="image_id").equals(expected.test.drop(columns="image_id"))
 
 
+def test_copies_of_a_cell_count_once(line: Line, tmp_path: Path):
+    twice = with_predictions(
+        line.results, tmp_path / "twice", lambda rows: pd.concat([rows, rows.assign(image_id="z/" + rows["image_id"])])
+    )
+    (run,), (expected,) = (open_runs([str(line.run), url]) for url in (twice, str(line.results)))
+    assert run.test.equals(expected.test)
+
+
 def test_results_without_test_data_are_refused_and_of_one_class_undefined(
     line: Line, tmp_path: Path, capsys: pytest.CaptureFixture
 ):

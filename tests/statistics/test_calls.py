@@ -245,6 +245,19 @@ def test_few_cells_of_a_middling_model_are_undecided_until_there_are_enough() ->
         assert patient_call(0, n + more - 1, rates)[0] == Call.undecided
 
 
+def test_undecided_patients_always_need_more_cells_and_are_decided_by_them() -> None:
+    """Of this model 37 cells are enough to call a patient negative, 38 are not."""
+    rates = ErrorRates(
+        false_positive=PatientRate.of_beta(8, 24), false_negative=PatientRate.of_beta(0.4, 3), threshold=0.5
+    )
+    n = np.arange(1, 400)
+    undecided = patient_call(0 * n, n, rates) == Call.undecided
+    assert (np.diff(undecided.astype(int)) > 0).any()  # where one cell more undoes a call
+    more = n_more_cells(0 * n, n, rates)
+    assert ((more > 0) == undecided).all()
+    assert (patient_call(0 * n, n + more.to_numpy(np.int64), rates) == Call.negative).all()
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_share_on_the_threshold_is_never_decided() -> None:
     rates = known(0.25, 0.1)
