@@ -9,6 +9,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -184,7 +185,8 @@ def _defined(value: float, digits: str) -> str:
 def metrics_table(pair: Pair) -> RichTable:
     """The same rows for the terminal, and below them which model knows patients of the cells."""
     names = (f"{printable(one.name)} ({one.success['run_id']})" for one in (pair.first, pair.other))
-    table = RichTable("metric", *names, "difference", "95 % interval", title=f"{pair.n_cells:,} {pair.cells_are}")
+    metric, difference, interval = (Column(name, no_wrap=True) for name in ("metric", "difference", "95 % interval"))
+    table = RichTable(metric, *names, difference, interval, title=f"{pair.n_cells:,} {pair.cells_are}")
     if pair.known_patients:
         table.caption, table.caption_justify = Text("\n".join(map(printable, pair.known_patients))), "left"
     for row in shown_metrics(pair):
