@@ -8,17 +8,18 @@ result:    test accuracy 92.8, 94.3, 91.6, 95.9, 96.3 %; pooled by 'malaria-ray 
 
 import sys
 
-from malaria_ray.stages import evaluate, screen, train
+from malaria_ray import cli
 
 N_FOLDS = 5
 
 dataset, runs, results = sys.argv[1:]
+recipe = f"--model cnn --augment on --epochs 8 --patience 0 --folds {N_FOLDS} --seed 42"
 for fold in range(1, N_FOLDS + 1):
     run, scores = f"{runs}/fold-{fold}", f"{results}/fold-{fold}"
-    train.run(
-        train.Config(
-            dataset=dataset, run=run, model="cnn", augment="on", epochs=8, patience=0, folds=N_FOLDS, fold=fold, seed=42
-        )
-    )
-    screen.run(screen.Config(source=dataset, results=scores, model=run, split="test"))
-    evaluate.run(evaluate.Config(results=scores))
+    for command in (
+        ["train", dataset, run, *recipe.split(), "--fold", str(fold)],
+        ["screen", dataset, scores, "--model", run, "--split", "test"],
+        ["evaluate", scores],
+    ):
+        if status := cli.main(command):
+            sys.exit(status)

@@ -1,6 +1,6 @@
 """Results with labels → metrics and patients, intervals by bootstrap over patients.
 
-command:   ray job submit --working-dir . -- python jobs/evaluate.py RESULTS
+command:   ray job submit --working-dir . -- python jobs/evaluate.py RESULTS [FLAGS]
 hardware:  one CPU
 time:      3 s for 10,678 crops of 81 patients
 result:    metrics/ and patients/ beside the predictions
@@ -8,7 +8,7 @@ result:    metrics/ and patients/ beside the predictions
 
 import sys
 
-from malaria_ray.stages import evaluate
+from malaria_ray import cli
 
-(results,) = sys.argv[1:]
-evaluate.run(evaluate.Config(results=results))
+results, *flags = sys.argv[1:]
+sys.exit(cli.main(["evaluate", results, *flags]))

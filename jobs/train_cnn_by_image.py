@@ -1,6 +1,6 @@
 """The article's cnn under augmentation, split by image, as the article does: cells of one patient on both sides.
 
-command:   ray job submit --working-dir . -- python jobs/train_cnn_by_image.py DATASET RUN
+command:   ray job submit --working-dir . -- python jobs/train_cnn_by_image.py DATASET RUN [FLAGS]
 hardware:  one worker with all CPUs of a node, or its GPU
 time:      20 epochs of 50 s for 10,678 crops on two CPU cores (133 images/s)
 result:    test accuracy 95.0 % (92.3 – 96.7); without augmentation 94.8 %, the article 94.97 %
@@ -8,9 +8,8 @@ result:    test accuracy 95.0 % (92.3 – 96.7); without augmentation 94.8 %, th
 
 import sys
 
-from malaria_ray.stages import train
+from malaria_ray import cli
 
-dataset, run = sys.argv[1:]
-train.run(
-    train.Config(dataset=dataset, run=run, model="cnn", split_by="image", epochs=20, patience=0, augment="on", seed=42)
-)
+dataset, run, *flags = sys.argv[1:]
+recipe = "--model cnn --augment on --split-by image --epochs 20 --patience 0 --seed 42"
+sys.exit(cli.main(["train", dataset, run, *recipe.split(), *flags]))

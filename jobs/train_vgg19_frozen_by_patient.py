@@ -1,6 +1,6 @@
 """A head on VGG-19's features, split by patient.
 
-command:   ray job submit --working-dir . -- python jobs/train_vgg19_frozen_by_patient.py DATASET RUN WEIGHTS
+command:   ray job submit --working-dir . -- python jobs/train_vgg19_frozen_by_patient.py DATASET RUN WEIGHTS [FLAGS]
 hardware:  any CPU workers for the features, once for each dataset; then one worker
 time:      10 min for the features of 10,678 crops on two CPU cores, then 2 s an epoch, then 4 min to validate
 result:    test accuracy 90.4 % (86.5 – 93.2) on 26 unseen patients, augmented 90.8 % (README.md)
@@ -8,7 +8,8 @@ result:    test accuracy 90.4 % (86.5 – 93.2) on 26 unseen patients, augmented
 
 import sys
 
-from malaria_ray.stages import train
+from malaria_ray import cli
 
-dataset, run, weights = sys.argv[1:]
-train.run(train.Config(dataset=dataset, run=run, model="vgg19-frozen", weights=weights, split_by="patient", seed=42))
+dataset, run, weights, *flags = sys.argv[1:]
+recipe = "--model vgg19-frozen --split-by patient --seed 42"
+sys.exit(cli.main(["train", dataset, run, "--weights", weights, *recipe.split(), *flags]))

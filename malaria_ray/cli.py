@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(command, rest)
     except MalariaRayError as error:
         if debug:
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         print(f"malaria-ray {command}: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         print(
             f"malaria-ray {command}: {_unexpected(error)}; --debug shows where",
             file=sys.stderr,

@@ -14,6 +14,7 @@ from upath import UPath
 from malaria_ray.cells.synthetic import synthetic_cells
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import storage
+from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY, Split
@@ -43,18 +44,19 @@ class Config:
     """Seed of the cells, the split and the training."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.seed < 0:
-            raise ConfigError(
-                f"--epochs {self.epochs} --seed {self.seed}: give 1 epoch or more and a seed of 0 or more"
-            )
+        if self.epochs < 1:
+            raise ConfigError(f"--epochs {self.epochs}: give 1 epoch or more")
+        check_seed(self.seed)
 
 
 def run(config: Config) -> None:
     begun = time.monotonic()
     folder = storage.locate(config.directory)
-    archive = config.archive or str(_synthetic_archive(folder / "archive.zip", config.seed))
+    archive = config.archive
+    if archive is None:
+        archive = str(_synthetic_archive(folder / f"archive-{config.seed}.zip", config.seed))
     dataset, run_path, results = (str(folder / name) for name in ("dataset", "run", "results"))
-    image_size = _IMAGE_SIZE if config.archive else _SYNTHETIC_IMAGE_SIZE
+    image_size = _SYNTHETIC_IMAGE_SIZE if config.archive is None else _IMAGE_SIZE
     with ray_session():
         log.info("1/6 ingest: %s → %s", archive, dataset)
         ingest.run(ingest.Config(archive=archive, dataset=dataset, patients=config.patients, image_size=image_size))

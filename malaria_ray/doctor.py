@@ -28,7 +28,8 @@ class Config:
     """Checks a cluster: the token, and by a task on every node versions, storage, model, memory, clocks, devices."""
 
     address: str | None = None
-    """http address of the dashboard, checked from here, the nodes by a job; default: RAY_ADDRESS or this machine."""
+    """http address of the dashboard, checked from here, the nodes by a job; by default RAY_API_SERVER_ADDRESS, or
+    RAY_ADDRESS if it is an http one, else the Ray of RAY_ADDRESS or of this machine."""
     storage: str | None = None
     """Folder or URL that every node must be able to write and read."""
     model: str | None = None
@@ -39,9 +40,9 @@ class Config:
     """Seconds that clocks may be apart."""
 
     def __post_init__(self) -> None:
-        if self.address is not None and urllib.parse.urlsplit(self.address).scheme not in ("http", "https"):
-            raise ConfigError(f"--address {self.address}: give the dashboard's, as http://127.0.0.1:8265")
-        if self.min_object_store_mb < 1 or self.max_clock_skew_s <= 0:
+        if self.address is not None:
+            jobs.check_address(self.address)
+        if self.min_object_store_mb < 1 or not self.max_clock_skew_s > 0:
             raise ConfigError(
                 f"--min-object-store-mb {self.min_object_store_mb} --max-clock-skew-s {self.max_clock_skew_s}: "
                 "both must be positive"
@@ -50,12 +51,20 @@ class Config:
 
 def run(config: Config) -> int:
     """Prints the findings. Returns 0 where all is well. Raises: `ClusterError` with the number of faults."""
-    if config.address is None and "RAY_API_SERVER_ADDRESS" in os.environ and "RAY_ADDRESS" not in os.environ:
-        return _run_from_outside(config, os.environ["RAY_API_SERVER_ADDRESS"])
-    if config.address is not None:
-        return _run_from_outside(config, config.address)
+    if (url := _outside(config)) is not None:
+        return _run_from_outside(config, url)
     _report(_from_inside(config))
     return 0
+
+
+def _outside(config: Config) -> str | None:
+    """The dashboard to ask; None where Ray itself is to be joined, as a job on the cluster does."""
+    if config.address is not None:
+        return config.address
+    ray_address = os.environ.get("RAY_ADDRESS")
+    if ray_address and urllib.parse.urlsplit(ray_address).scheme in ("http", "https"):
+        return ray_address
+    return None if ray_address else os.environ.get("RAY_API_SERVER_ADDRESS")
 
 
 def check_token(url: str) -> Finding:

@@ -114,7 +114,8 @@ def _check_paths(command: str, config: Any) -> None:
         if given == defaults.get(name) or (command, name) == ("train", "model"):
             continue
         for value in given if isinstance(given, tuple) else (given,):
-            if not (value.startswith("/") or "://" in value or value == "nih"):
+            is_name = value == "nih" and name in ("archive", "source")
+            if not (value.startswith("/") or "://" in value or is_name):
                 raise ConfigError(
                     f"{name} {value!r} is relative: on the cluster it would lie in the job's own folder, which is "
                     "deleted with the job; give an absolute path or URL that every node sees"

@@ -72,6 +72,21 @@ def test_debug_adds_the_traceback():
     assert "Traceback" in malaria_ray("verify", "/no/such", "--debug").stderr
 
 
+@pytest.mark.parametrize("is_job", [False, True])
+def test_no_password_or_signature_is_printed(tmp_path: Path, is_job: bool):
+    url = "https://user:PASSW0RD@127.0.0.1:1/x.zip?X-Amz-Signature=SECRET"
+    if is_job:  # jobs/ are the same command
+        job = [sys.executable, "jobs/ingest.py", url, str(tmp_path / "d"), "--debug"]
+        done = subprocess.run(job, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=100)
+    else:
+        done = malaria_ray("ingest", url, str(tmp_path / "d"), "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "x.zip" in done.stderr
+    for secret in ("PASSW0RD", "SECRET"):
+        assert secret not in done.stderr + done.stdout
+
+
 def test_the_data_dictionary_names_every_column_and_reason():
     printed = malaria_ray("schema", COLUMNS="200").stdout
     for table in TABLES.values():

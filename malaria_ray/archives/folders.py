@@ -153,13 +153,7 @@ class FolderArchive:
 
 def check_outside(archive: Archive, output: UPath) -> None:
     """Raises: `ConfigError` where the output is the archive's folder or lies in it: what is written would be listed."""
-    if not isinstance(archive, FolderArchive) or type(archive.path.fs) is not type(output.fs):
-        return
-    folder, below = (
-        os.path.realpath(path.path) if storage.is_local(path) else path.path.rstrip("/")
-        for path in (archive.path, output)
-    )
-    if f"{below}/".startswith(f"{folder.rstrip('/')}/"):
+    if isinstance(archive, FolderArchive) and storage.lies_in(output, archive.path):
         raise ConfigError(
             f"{output} lies in the archive {archive.url}, what is written there would be listed as part of it; give a "
             "directory outside"

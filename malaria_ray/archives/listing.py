@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,11 @@ from upath import UPath
 from malaria_ray.archives import Archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.cells.patients import file_names, labels_of, patients_of
-from malaria_ray.errors import ArchiveError
+from malaria_ray.errors import ArchiveError, PatientMappingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
+
+log = logging.getLogger("malaria_ray")
 
 _BATCH_ROWS = 100_000  # at a time, where columns are computed
 _KEPT = "listing.json"
@@ -27,7 +30,7 @@ _KEPT = "listing.json"
 def list_archive(
     archive: Archive,
     *,
-    patients: Mapping[str, str | None] | None = None,
+    patients: Mapping[str, str] | None = None,
     pattern: re.Pattern[str] | None = None,
 ) -> pa.Table:
     """All files of an archive as a `schema.LISTING` table, ordered by place; `key` is the row number.
@@ -36,7 +39,8 @@ def list_archive(
     archive itself holds beside the image, else the rule for names (`cells.patients.patient_of`). A label is what the
     archive holds, else the folder's. A dataset knows both for certain. Only bounded pieces of the listing are ever
     Python objects: a million files are some 300 MB (ARCHITECTURE.md).
-    Raises: `ArchiveError` where the archive is empty, has one name twice or contradicts itself about a label.
+    Raises: `ArchiveError` where the archive is empty, has one name twice or contradicts itself about a label,
+    `PatientMappingError` where `patients` names none of its files.
     """
     known = _mapping(patients or {})
     is_certain = isinstance(archive, DatasetArchive)
@@ -52,6 +56,8 @@ def list_archive(
         for at, field in enumerate(listing.schema):  # one by one: only one column is there twice
             listing = listing.set_column(at, field, listing[field.name].take(order))
     _check_unique(listing, archive.url)
+    if patients and not is_certain:
+        _check_named(listing, known[0], archive.url)
     return listing.set_column(0, "key", pa.array(np.arange(listing.num_rows)))
 
 
@@ -134,7 +140,7 @@ def shards(listing: pa.Table, n_rows: int) -> Iterator[pa.Table]:
         yield listing.slice(start, n_rows)
 
 
-def _mapping(patients: Mapping[str, str | None]) -> tuple[pa.Array, pa.Array]:
+def _mapping(patients: Mapping[str, str]) -> tuple[pa.Array, pa.Array]:
     return pa.array(list(patients), pa.string()), pa.array(list(patients.values()), pa.string())
 
 
@@ -176,6 +182,20 @@ def _labels(image_ids: pa.Array, given: pa.ChunkedArray | None) -> pa.Array | pa
             f"{of_folder[row].as_py()}; here 0 is uninfected and 1 parasitized: write names instead of numbers"
         )
     return pc.coalesce(given, of_folder)
+
+
+def _check_named(listing: pa.Table, names: pa.Array, url: str) -> None:
+    """Says how many names of the patient mapping are in the archive. Raises: `PatientMappingError` where none is."""
+    n_found = sum(
+        pc.sum(pc.is_in(file_names(chunk), value_set=names)).as_py() or 0 for chunk in listing["image_id"].chunks
+    )
+    if not n_found:
+        raise PatientMappingError(
+            f"none of the {len(names):,} file names in the patient mapping, {names[0].as_py()!r} the first, is in "
+            f"{url}, which has {listing['image_id'][0].as_py()!r}; give the mapping of this archive, names without "
+            "folders"
+        )
+    log.info("patients of %s of %s files by the mapping", f"{n_found:,}", f"{listing.num_rows:,}")
 
 
 def _order(listing: pa.Table) -> pa.Array | None:

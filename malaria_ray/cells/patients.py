@@ -78,14 +78,17 @@ def parse_mapping(text: str, *, source: str) -> Iterator[tuple[str, str]]:
     """(file name, key) pairs of one official mapping file.
 
     Each line is a key, then a bracketed list of quoted file names with unquoted commas, then trailing commas: no CSV
-    reader takes it. A first line without file names is a header. `source` names the file in errors.
-    Raises: `PatientMappingError` for a later line without file names, or where no line has any.
+    reader takes it. The list may stand in quotes, as CSV writers put it. A first line without a list is a header.
+    `source` names the file in errors.
+    Raises: `PatientMappingError` for a later line without a list of file names, or where no line has one.
     """
     n_names = 0
     text = text.removeprefix("\ufeff")  # the byte order mark that spreadsheets put first
     for number, line in enumerate(text.split("\n"), start=1):
         key, _, names = line.partition(",")
-        found = [single or double for single, double in _QUOTED.findall(names)]
+        names = names.strip(" ,\r").removeprefix('"').removesuffix('"').strip()
+        is_list = names.startswith("[") and names.endswith("]")
+        found = [single or double for single, double in _QUOTED.findall(names)] if is_list else []
         n_names += len(found)
         if not found and number > 1 and line.strip(" ,\r"):
             raise PatientMappingError(

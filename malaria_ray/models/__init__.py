@@ -13,6 +13,9 @@ Precision = Literal["float32", "bf16"]
 DTYPE_POLICY: dict[Precision, str] = {"float32": "float32", "bf16": "mixed_bfloat16"}
 """Keras' names; with the second the layers compute in bfloat16, variables, score and loss stay float32."""
 
+MIN_VGG19_SIZE = 32
+"""Side of the smallest image, in pixels, of which VGG-19's five halvings leave anything."""
+
 
 @dataclass(frozen=True)
 class Recipe:

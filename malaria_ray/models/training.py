@@ -127,6 +127,7 @@ def batches(
     draws = np.empty((len(examples), 0), np.float32) if draws is None else draws
     parts = [ray.get(part) for part in examples.parts]
     shape = parts[0].shape[1:]
+    batch_size = max(1, min(batch_size, len(order)))  # no step of more than there are
     n_local = -(-batch_size // n_workers)
     for start in range(0, len(order), batch_size):
         in_batch = order[start : start + batch_size]

@@ -12,12 +12,13 @@ import os
 import shlex
 import sys
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from malaria_ray.errors import ClusterError
+from malaria_ray.errors import ClusterError, ConfigError
 
 log = logging.getLogger("malaria_ray")
 
@@ -31,8 +32,11 @@ _STOPPED_STATUS = 130  # what a shell reports of a command ended by Ctrl-C
 def connect(address: str | None) -> Any:
     """A client of the Jobs API at `address`, at RAY_API_SERVER_ADDRESS or RAY_ADDRESS, or of a Ray on this machine.
 
-    Raises: `ClusterError` where nobody answers, or the token is missing or wrong.
+    Raises: `ClusterError` where nobody answers, or the token is missing or wrong; `ConfigError` for an address that is
+    no http one.
     """
+    if address is not None:
+        check_address(address)
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
     _check_token_file()
     from ray.job_submission import JobSubmissionClient
@@ -43,6 +47,12 @@ def connect(address: str | None) -> Any:
     shown = address or next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), "this machine")
     with _addressed(address), _explained(shown):
         return JobSubmissionClient(address)
+
+
+def check_address(address: str) -> None:
+    """Raises: `ConfigError` for an address that is no http one."""
+    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+        raise ConfigError(f"--address {address}: give the dashboard's, as http://127.0.0.1:8265")
 
 
 def entrypoint(arguments: Sequence[str]) -> str:
@@ -200,7 +210,7 @@ def _addressed(address: str | None) -> Iterator[None]:
 def _explained(address: str) -> Iterator[None]:
     """Turns what Ray's client raises into one line that says what to do."""
     import requests
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RpcError
 
     try:
         yield
@@ -209,7 +219,7 @@ def _explained(address: str) -> Iterator[None]:
             f"{address} lets nobody in without its token ({str(error).splitlines()[0].split('. ')[0]}); put the token "
             "in ~/.ray/auth_token, or in a file that RAY_AUTH_TOKEN_PATH names"
         ) from error
-    except (ConnectionError, requests.exceptions.RequestException) as error:
+    except (ConnectionError, RpcError, requests.exceptions.RequestException) as error:
         raise ClusterError(
             f"no cluster answers at {address}: {error}; check the address (as http://127.0.0.1:8265) and the port "
             "forward"

@@ -1,6 +1,7 @@
 """The protocol of output directories: what stage made them, from what, and whether they are finished.
 
-    prepare(…)   writes config.json first: stage, what decides the result (`identity`), the whole config, provenance
+    claim(…)     may the directory be written? Then the stage looks at its inputs, which may refuse the work too
+    .begin()     writes config.json: stage, what decides the result (`identity`), the whole config, provenance
     …            the stage writes its files; what only it needs goes to _work/
     finish(…)    removes _work/ and writes _SUCCESS.json last: counts, the record of every file, timings
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -37,23 +38,47 @@ _CONFIG_FILE = {
 }
 
 
-def prepare(
+@dataclass(frozen=True)
+class Claim:
+    """A directory that a stage may write: as it was until `begin`, so that what else refuses the work loses nothing."""
+
+    path: UPath
+    stage: str
+    config: Any
+    identity: dict[str, Any]
+    is_emptied: bool
+    is_reopened: bool
+    is_written: bool
+
+    def begin(self) -> None:
+        """Deletes what `--overwrite` deletes, makes unfinished what goes on, and writes the config."""
+        if self.is_emptied:
+            _empty(self.path, self.stage)
+        if self.is_reopened:
+            storage.remove(self.path / SUCCESS)  # before the config: no kill leaves it finished with the new one
+        if self.is_written:
+            _write_config(self.path, self.stage, self.config, self.identity)
+
+
+def claim(
     path: UPath,
     *,
     stage: str,
     config: Any,
     identity: dict[str, Any],
     overwrite: bool,
+    inputs: Sequence[str] = (),
     may_grow: str | None = None,
     may_change: str | None = None,
-) -> bool:
-    """Claims a directory for a stage: True where there is work to do, False where it was finished before.
+) -> Claim | None:
+    """What a stage needs to write a directory; None where it was finished before. Nothing is changed yet.
 
-    `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result. `may_grow`
-    names a number of the identity that a later run may raise: what was finished is then unfinished and goes on;
-    `may_change` what another run may change as long as the directory is unfinished.
+    `config` is the stage's dataclass, `identity` the part of it and of its inputs that decides the result; `inputs` are
+    the paths and URLs that it reads. `may_grow` names a number of the identity that a later run may raise: what was
+    finished is then unfinished and goes on; `may_change` what another run may change as long as the directory is
+    unfinished.
     Raises: `DirectoryError` where the directory holds something else, or the same with another identity, `ConfigError`
-    where its name would be taken for a pattern.
+    where its name would be taken for a pattern, or `overwrite` would delete an input.
     """
     if not storage.is_local(path) and (letters := set("*?[") & set(path.path)):
         raise ConfigError(
@@ -61,31 +86,30 @@ def prepare(
             "pattern of other names; choose a name without"
         )
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
+    work = Claim(path, stage, config, identity, is_emptied=overwrite, is_reopened=False, is_written=True)
     if overwrite:
         _check_is_ours(path, stage)
-        _empty(path, stage)
+        _check_keeps(path, inputs)
+        return work
     found = _read_config(path, stage)
     if found is None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise DirectoryError(
                 f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory"
             )
-        _write_config(path, stage, config, identity)
-        return True
+        return work
     was, is_finished = found["identity"], (path / SUCCESS).exists()
     if may_change and not is_finished and may_change in was:
         was = {**was, may_change: identity[may_change]}
-    if may_grow and _has_grown(was, identity, may_grow):
-        storage.remove(path / SUCCESS)  # before the config, so that no kill leaves it finished with the new one
-        is_finished, was = False, identity
-    if differences := _differences(was, identity):
+    has_grown = bool(may_grow) and _has_grown(was, identity, str(may_grow))
+    if not has_grown and (differences := _differences(was, identity)):
         raise DirectoryError(
             f"{path} was {'finished' if is_finished else 'begun'} with another config: {'; '.join(differences)}; "
             "choose another directory, or --overwrite to delete it and begin again"
         )
-    if identity != found["identity"]:
-        _write_config(path, stage, config, identity)
-    return not is_finished
+    if is_finished and not has_grown:
+        return None
+    return replace(work, is_reopened=is_finished, is_written=identity != found["identity"])
 
 
 def write_table(
@@ -175,6 +199,13 @@ def _check_is_ours(path: UPath, stage: str) -> None:
     """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and stage_of(path) != stage:
         raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'; --overwrite does not delete it")
+
+
+def _check_keeps(path: UPath, inputs: Sequence[str]) -> None:
+    """Refuses to delete what the stage is to read."""
+    for url in inputs:
+        if storage.lies_in(storage.locate(url), path):
+            raise ConfigError(f"{url} lies in {path}, which --overwrite would delete; choose another directory")
 
 
 def _empty(path: UPath, stage: str) -> None:

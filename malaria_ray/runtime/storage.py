@@ -62,6 +62,14 @@ def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
 
 
+def lies_in(path: UPath, folder: UPath) -> bool:
+    """Whether a path is the folder or lies below it, links followed where both are local."""
+    if type(path.fs) is not type(folder.fs):
+        return False
+    inner, outer = (os.path.realpath(one.path) if is_local(one) else one.path for one in (path, folder))
+    return f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
+
+
 def arrow_filesystem(path: UPath) -> tuple[pa.fs.FileSystem, str]:
     """(pyarrow filesystem, path in it): what Ray Data and pyarrow take."""
     if is_local(path):

@@ -68,11 +68,19 @@ def run(config: Config) -> None:
     path = storage.locate(config.results_and_audit[-1])
     check_cells(opened)
     identity = {one.name: _records(one) for one in opened}
-    if outputs.prepare(path, stage="audit", config=config, identity=identity, overwrite=config.overwrite):
-        with connect(opened) as connection:
-            _audit(connection, opened, path, started)
-    else:
+    claim = outputs.claim(
+        path,
+        stage="audit",
+        config=config,
+        identity=identity,
+        overwrite=config.overwrite,
+        inputs=config.results_and_audit[:-1],
+    )
+    if claim is None:
         log.info("%s is finished; nothing to do", path)
+    else:
+        with connect(opened) as connection:
+            _audit(connection, opened, path, started, claim)
     _print_report(path, outputs.check_complete(path, "audit"))
 
 
@@ -84,7 +92,13 @@ def _records(one: Results) -> dict[str, str]:
     }
 
 
-def _audit(connection: duckdb.DuckDBPyConnection, opened: Sequence[Results], path: UPath, started: float) -> None:
+def _audit(
+    connection: duckdb.DuckDBPyConnection,
+    opened: Sequence[Results],
+    path: UPath,
+    started: float,
+    claim: outputs.Claim,
+) -> None:
     found = connection.sql(_OUT_OF_FOLD).df()
     _check(found)
     images = found.groupby("image_id").agg(
@@ -108,6 +122,7 @@ def _audit(connection: duckdb.DuckDBPyConnection, opened: Sequence[Results], pat
                 label[has_score], scores[one.name][has_score], is_doubted[has_score], threshold=threshold
             ).assign(results=one.name, model=one.success["model"], threshold=threshold)
         )
+    claim.begin()
     files: dict[str, storage.FileRecord] = {}
     for kind, frame in ((LABEL_AUDIT, table), (AUDIT_METRICS, pd.concat(metrics))):
         rows = pa.Table.from_pandas(frame[kind.names], schema=kind.arrow_schema(), preserve_index=False)

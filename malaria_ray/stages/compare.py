@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY
 from malaria_ray.stages.comparison import Pair, check_labels, metrics_table, page, pair_of
@@ -39,6 +40,7 @@ class Config:
     """Of runs: file or URL to write their figure to, by default comparison.png."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if len(self.results) < 2:
             raise ConfigError(f"{len(self.results)} results directories were given; give two or more")
         if self.n_resamples < 100:

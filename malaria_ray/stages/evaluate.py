@@ -19,6 +19,7 @@ from malaria_ray.cells.copies import is_copy
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.provenance import code_digest
+from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.terminal import console, number
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, check_labels, metrics_table, pair_of
@@ -49,6 +50,7 @@ class Config:
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.n_resamples < 100:
             raise ConfigError(f"--n-resamples {self.n_resamples}: at least 100 are needed for a 95 % interval")
 

@@ -29,6 +29,7 @@ from malaria_ray.cells.images import PREPROCESSING, Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
@@ -70,6 +71,7 @@ class Config:
             raise ConfigError(f"--image-size {self.image_size}: allowed are 16 to 1024 pixels")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+        check_seed(self.seed)
 
 
 def run(config: Config) -> None:
@@ -87,12 +89,21 @@ def run(config: Config) -> None:
         "preprocessing": PREPROCESSING,
         **rule.identity,
     }
-    if not outputs.prepare(dataset, stage="ingest", config=config, identity=identity, overwrite=config.overwrite):
+    claim = outputs.claim(
+        dataset,
+        stage="ingest",
+        config=config,
+        identity=identity,
+        overwrite=config.overwrite,
+        inputs=(archive.url, *config.patients),
+    )
+    if claim is None:
         log.info("%s is finished; nothing to do (--overwrite makes it anew)", dataset)
-        print_summary(storage.read_json(dataset / "summary.json"))
+        print_summary(_summary(storage.read_table(dataset / "manifest.parquet"), config))
         return
 
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
+    claim.begin()
     check_same_listing(dataset / outputs.WORK, listing)
     log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")
     listed = time.monotonic()

@@ -79,11 +79,20 @@ def run(config: Config) -> None:
     check_outside(archive, packed)
     rule = patient_rule(config.patients, config.patient_pattern)
     identity = {**archive.identity(), **rule.identity, "part_mb": config.part_mb}
-    if not outputs.prepare(packed, stage="pack", config=config, identity=identity, overwrite=config.overwrite):
+    claim = outputs.claim(
+        packed,
+        stage="pack",
+        config=config,
+        identity=identity,
+        overwrite=config.overwrite,
+        inputs=(archive.url, *config.patients),
+    )
+    if claim is None:
         log.info("%s is finished; nothing to do (--overwrite packs anew)", packed)
         _print_summary(storage.read_json(packed / outputs.SUCCESS)["counts"])
         return
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
+    claim.begin()
     check_same_listing(packed / outputs.WORK, listing)
     bounds = part_bounds(listing, config.part_mb * 10**6)
     log.info("%s: %s files into %d parts", archive.url, f"{listing.num_rows:,}", len(bounds))

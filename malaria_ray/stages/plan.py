@@ -29,6 +29,7 @@ from malaria_ray.errors import ConfigError, ImageRefused, ModelError, ReadError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
+from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.session import n_cpus, ray_session
 from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import Label, Reason
@@ -71,6 +72,7 @@ class Config:
     """Print JSON instead of tables."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name, value in (
             ("--batch-size", self.batch_size),
             ("--num-actors", self.num_actors),

@@ -169,11 +169,16 @@ def run(config: Config) -> None:
         "preprocessing": PREPROCESSING,
         "malaria_ray": malaria_ray.__version__,
     }
-    is_finished = not outputs.prepare(
-        results, stage="screen", config=config, identity=identity, overwrite=config.overwrite
+    claim = outputs.claim(
+        results,
+        stage="screen",
+        config=config,
+        identity=identity,
+        overwrite=config.overwrite,
+        inputs=(archive.url, config.model, *config.patients),
     )
-    retried = _to_retry(results, config.retry_quarantined, is_finished=is_finished)
-    if is_finished and not retried:
+    retried = _to_retry(results, config.retry_quarantined, is_finished=claim is None)
+    if claim is None and not retried:
         log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
         _write_iceberg(config, results)
         _print_summary(storage.read_json(results / outputs.SUCCESS))
@@ -182,10 +187,6 @@ def run(config: Config) -> None:
     _check_model_file(run_path, MODEL_FILE[config.engine], identity["model_digest"])
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
-    if retried:
-        _reopen(results, retried, listing, is_finished=is_finished)
-    check_same_listing(results / outputs.WORK, listing)
-    files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
@@ -213,6 +214,12 @@ def run(config: Config) -> None:
             if fault:
                 raise ModelError(fault)
         pool = _pool(config)
+        if claim is not None:  # all that could refuse the work has had its say
+            claim.begin()
+        if retried:
+            _reopen(results, retried, listing, is_finished=claim is None)
+        check_same_listing(results / outputs.WORK, listing)
+        files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
         n_scored = _score_all(listing, results, plan, config, pool)
         n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
     del listing  # what the driver holds grows with the archive: no more of it than is needed

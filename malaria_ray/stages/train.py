@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -30,7 +31,7 @@ from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.errors import ConfigError, DatasetError, MalariaRayError, TrainingError
-from malaria_ray.models import RECIPES, ModelName, Precision
+from malaria_ray.models import MIN_VGG19_SIZE, RECIPES, ModelName, Precision
 from malaria_ray.models.engines import Scores
 from malaria_ray.models.export import export
 from malaria_ray.models.features import FLIPS, feature_parts, read_features
@@ -39,6 +40,7 @@ from malaria_ray.models.validating import Validated, validate
 from malaria_ray.models.weights import load_weights
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.quiet import stderr_silenced
+from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.session import cpus_for_each_of, is_room_made, may_grow, n_cpus, ray_session, room_for
 from malaria_ray.schema import HISTORY, SPLITS, Label, Split
 from malaria_ray.stages.pictures import augmented_figure, learning_curves_figure
@@ -110,11 +112,12 @@ class Config:
             ("--batch-size", self.batch_size, 1),
             ("--num-workers", self.workers[0], 1),
             ("--gpus-per-worker", self.gpus_per_worker, 0),
+            ("--cpus-per-worker", self.cpus_per_worker, 1),
             ("--max-failures", self.max_failures, 0),
-            ("--seed", self.seed, 0),
         ):
-            if value < low:
+            if value is not None and value < low:
                 raise ConfigError(f"{name} {value}: must be at least {low}")
+        check_seed(self.seed)
         if (self.folds is None) != (self.fold is None) or (
             self.folds is not None and self.fold is not None and not (self.folds >= 2 and 1 <= self.fold <= self.folds)
         ):
@@ -125,11 +128,11 @@ class Config:
             raise ConfigError(
                 f"--num-workers {self.num_workers}: each needs an image of the batch of {self.batch_size}"
             )
-        if self.init_from and self.model != "vgg19-finetuned":
+        if self.init_from is not None and self.model != "vgg19-finetuned":
             raise ConfigError(f"--init-from goes with --model vgg19-finetuned, not with {self.model}")
         if self.weights != "imagenet" and not RECIPES[self.model].needs_weights:
             raise ConfigError(f"--weights goes with a VGG-19, not with --model {self.model}, which starts from none")
-        if self.weights != "imagenet" and self.init_from:
+        if self.weights != "imagenet" and self.init_from is not None:
             raise ConfigError("--weights and --init-from: that run has all weights already; leave --weights out")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
@@ -137,11 +140,8 @@ class Config:
     @property
     def workers(self) -> tuple[int, int]:
         """The least and the greatest number of workers. Raises: `ConfigError`."""
-        try:
-            low, _, high = str(self.num_workers).partition("-")
-            least, most = int(low), int(high or low)
-        except ValueError:
-            least = most = -1
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(self.num_workers))
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 1 <= least <= most:
             raise ConfigError(f"--num-workers {self.num_workers}: must be at least 1, or a range such as 1-4")
         return least, most
@@ -156,6 +156,11 @@ def run(config: Config) -> None:
     success = outputs.check_complete(dataset, "ingest")
     image_size = outputs.read_config(dataset, "ingest")["identity"]["image_size"]
     recipe = RECIPES[config.model]
+    if recipe.needs_weights and image_size < MIN_VGG19_SIZE:
+        raise ConfigError(
+            f"{dataset} has crops of {image_size} × {image_size} pixels; {config.model} takes {MIN_VGG19_SIZE} × "
+            f"{MIN_VGG19_SIZE} or larger: ingest the archive with a larger --image-size"
+        )
     learning_rate = config.learning_rate or recipe.learning_rate
     is_augmented = recipe.is_augmented if config.augment == "default" else config.augment == "on"
     same_split = {
@@ -165,7 +170,7 @@ def run(config: Config) -> None:
         "fold": f"{config.fold} of {config.folds}" if config.folds else None,
     }
     weights, weights_digest, initial_run = None, None, None
-    if config.init_from:
+    if config.init_from is not None:
         initial_run, weights_digest = _check_initial_run(config.init_from, same_split)
     elif recipe.needs_weights:
         weights = load_weights(config.weights)
@@ -187,18 +192,23 @@ def run(config: Config) -> None:
     if config.specificity is not None:
         uninfected = cells[(splits == Split.val) & (cells["label"] == Label.uninfected)]
         check_specificity(config.specificity, int((~is_copy(uninfected)).sum()))
-    if not outputs.prepare(
+    claim = outputs.claim(
         path,
         stage="train",
         config=config,
         identity=identity,
         overwrite=config.overwrite,
+        inputs=[
+            config.dataset,
+            *([] if config.weights == "imagenet" else [config.weights]),
+            *([] if config.init_from is None else [config.init_from]),
+        ],
         may_grow="epochs",
         may_change="specificity",  # it is looked at after the last epoch
-    ):
+    )
+    if claim is None:
         log.info("%s is finished; nothing to do (--overwrite trains anew)", path)
         return
-    files = outputs.write_table(path, "splits.parquet", _splits_table(cells, splits), stage="train")
     log.info(
         "%s images of %s patients: %s",
         f"{len(cells):,}",
@@ -212,8 +222,12 @@ def run(config: Config) -> None:
             "; copies are in one split" if config.split_by == "image" else "",
         )
     with ray_session():
-        n_threads = config.cpus_per_worker or cpus_for_each_of(config.workers[1], gpus=config.gpus_per_worker)
-        _check_resources(config.workers[0], n_threads, config.gpus_per_worker)
+        least, most = config.workers
+        _check_resources(least, config.cpus_per_worker or 1, config.gpus_per_worker)
+        # Only now: of a cluster at rest no node is there yet.
+        n_threads = config.cpus_per_worker or cpus_for_each_of(most, gpus=config.gpus_per_worker)
+        claim.begin()
+        files = outputs.write_table(path, "splits.parquet", _splits_table(cells, splits), stage="train")
         pixels = _load(_load_pixels, storage.parts(dataset / "crops"), image_size)
         inputs, n_views = pixels, 1
         if config.model == "vgg19-frozen":
@@ -246,7 +260,9 @@ def run(config: Config) -> None:
             train=_examples(cells, splits == Split.train, inputs, n_views=n_views),
             val=_examples(cells, is_val, inputs[: len(pixels)]),
             weights=ray.put(weights.content) if weights else None,
-            initial_model=_put_file(storage.locate(config.init_from) / "model.keras") if config.init_from else None,
+            initial_model=None
+            if config.init_from is None
+            else _put_file(storage.locate(config.init_from) / "model.keras"),
             news=_queue(),
             faults=_queue(),
             tensorboard=storage.as_url(path / "tensorboard"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
-from malaria_ray.errors import ArchiveError
+from malaria_ray.errors import ArchiveError, PatientMappingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
 
@@ -74,7 +75,6 @@ def test_labels_come_from_folders_and_patients_from_names() -> None:
         ({}, None, ["P12", "C1", None]),
         ({"C1_thinF_1.png": "P9"}, None, ["P12", "P9", None]),  # the mapping goes before the name
         ({"x.png": "P7"}, None, ["P12", "C1", "P7"]),  # and takes the file's name in any folder
-        ({"C1_thinF_1.png": None}, None, ["P12", "C1", None]),  # a mapping that knows none is none
         ({}, r"^(?P<patient>\w+)/", ["Parasitized", "Uninfected", "Uninfected"]),
         ({"x.png": "P7"}, r"(?P<patient>\d+)thin", ["12", None, "P7"]),
     ],
@@ -83,6 +83,18 @@ def test_mapping_goes_before_the_rule_for_names(patients, pattern: str | None, e
     archive = Listed([[place(name) for name in NAMES[:3]]])
     listing = list_archive(archive, patients=patients, pattern=re.compile(pattern) if pattern else None)
     assert listing["patient_id"].to_pylist() == expected
+
+
+def test_a_mapping_of_another_archive_is_refused_and_one_of_some_files_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    archive = Listed([[place(name) for name in NAMES[:3]]])
+    with pytest.raises(PatientMappingError, match="none of the 2 file names .* 'y.png' the first, is in"):
+        list_archive(archive, patients={"y.png": "P1", "a/x.png": "P2"})
+    logging.getLogger("malaria_ray").propagate = True
+    caplog.set_level(logging.INFO, "malaria_ray")
+    list_archive(archive, patients={"y.png": "P1", "x.png": "P2"})
+    assert "patients of 1 of 3 files by the mapping" in caplog.text
 
 
 @settings(max_examples=25, deadline=None)

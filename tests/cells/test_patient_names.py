@@ -98,6 +98,7 @@ C1_thinF,['C1_thinF_IMG_1_cell_1.png'],,,,
         ("K,['a, b.png']", [("a, b.png", "K")]),  # a comma in a name
         ("K,[\"it's.png\", 'x.png']", [("it's.png", "K"), ("x.png", "K")]),  # as Python prints an apostrophe
         (" K ,['a.png']", [("a.png", "K")]),
+        ("K,\"['a.png', 'b.png']\"\r\n", [("a.png", "K"), ("b.png", "K")]),  # as CSV writers put it
         ("K,['a\u2028b\x85.png']", [("a\u2028b\x85.png", "K")]),  # only newlines end a line
     ],
 )
@@ -111,6 +112,11 @@ def test_mapping_file_gives_its_pairs(text: str, pairs: list[tuple[str, str]]) -
         (OFFICIAL + "cell_7.png,P7\n", "map.csv line 3: found 'cell_7.png,P7'; expected KEY"),
         ("file,patient\na.png,P1\n", "map.csv line 2: found 'a.png,P1'"),
         ("file,patient\n", "map.csv names no files"),
+        ("K;['a.png', 'b.png']\n", "map.csv names no files"),  # columns of another separator
+        (OFFICIAL + "K;['a.png', 'b.png']\n", "map.csv line 3: found"),
+        ("['a.png', 'b.png'],K\n", "map.csv names no files"),  # columns swapped
+        ('"file","patient"\n"a.png","P1"\n', "map.csv line 2: found"),
+        (OFFICIAL + "K,['a.png', 'b.p\n", "map.csv line 3: found"),  # cut off
         ("", "map.csv names no files"),
     ],
 )

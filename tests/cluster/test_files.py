@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -112,6 +113,9 @@ def test_entry_points_are_jobs_of_ours_or_the_command():
         else:
             assert words[0] == "python"
             assert (ROOT / words[1]).exists()
+            parse(
+                name.replace("nightly", "screen"), "/in", "/out", "--model", "cnn", *words[5:]
+            )  # flags that are passed
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp", "on-premises"])
@@ -221,13 +225,20 @@ def test_a_job_is_a_page_of_the_lab_notebook_and_its_configs_hold(job: Path, mon
     tree = ast.parse(job.read_text())
     header = ast.get_docstring(tree) or ""
     assert [line.split(":")[0] for line in header.splitlines()[2:]] == ["command", "hardware", "time", "result"]
-    [imported] = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "malaria_ray.stages"]
-    stages = [alias.name for alias in imported.names]
+    assert [node.module for node in tree.body if isinstance(node, ast.ImportFrom)] == ["malaria_ray"]
+    stages: list[str] = []
     configs: list[Any] = []
-    for stage in stages:
-        monkeypatch.setattr(import_module(f"malaria_ray.stages.{stage}"), "run", configs.append)
+    for stage in ("ingest", "train", "screen", "evaluate"):
+        run = lambda config, stage=stage: (stages.append(stage), configs.append(config))[2:]  # noqa: E731 - returns ()
+        monkeypatch.setattr(import_module(f"malaria_ray.stages.{stage}"), "run", run)
     places = re.findall(r"\b[A-Z]+(?:_[A-Z]+)*\b", header.split(f"jobs/{job.name}")[1].splitlines()[0])
-    monkeypatch.setattr(sys, "argv", [str(job), *(f"/data/{place.lower()}" for place in places)])
-    runpy.run_path(str(job), run_name="__main__")
-    assert {type(config).__module__.rpartition(".")[2] for config in configs} == set(stages)
+    arguments = [f"/data/{place.lower()}" for place in places if place != "FLAGS"]
+    flags = ["--overwrite"] if "[FLAGS]" in header and job.stem != "evaluate" else []
+    monkeypatch.setattr(sys, "argv", [str(job), *arguments, *flags])
+    ended = pytest.raises(SystemExit) if not job.stem.startswith("cross_validate") else contextlib.nullcontext()
+    with ended as exit_info:
+        runpy.run_path(str(job), run_name="__main__")
+    assert exit_info is None or exit_info.value.code == 0
+    assert [type(config).__module__.rpartition(".")[2] for config in configs] == stages
+    assert not flags or all(config.overwrite for config in configs)
     assert len(configs) == 1 or job.stem.startswith("cross_validate")

@@ -48,7 +48,10 @@ def on_disk(tmp_path: Path) -> UPath:
 
 def prepare(path: UPath, *, stage: str = "ingest", overwrite: bool = False, **identity: Any) -> bool:
     identity = {"archive": "cells.zip", "image_size": 125} | identity
-    return outputs.prepare(path, stage=stage, config=Config(), identity=identity, overwrite=overwrite)
+    claim = outputs.claim(path, stage=stage, config=Config(), identity=identity, overwrite=overwrite)
+    if claim is not None:
+        claim.begin()
+    return claim is not None
 
 
 def finish(path: UPath) -> None:
@@ -262,7 +265,7 @@ def test_marker_is_the_last_that_is_written(on_disk: UPath) -> None:
 def test_a_table_says_what_it_is_made_from_and_repeats_only_what_repeats(tmp_path: Path):
     path = UPath(tmp_path / "results")
     identity = {"model_digest": "ab", "split": "all"}
-    outputs.prepare(path, stage="screen", config=Config(), identity=identity, overwrite=False)
+    outputs.claim(path, stage="screen", config=Config(), identity=identity, overwrite=False).begin()
     rows = [{"image_id": f"{i}", "patient_id": "P1", "score": i / 4, "model": "cnn"} for i in range(4)]
     table = pa.Table.from_pylist(rows, schema=PREDICTIONS.arrow_schema())
     record = outputs.write_table(path, "predictions/a.parquet", table, stage="screen", sorted_by=["patient_id"])

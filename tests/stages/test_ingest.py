@@ -13,13 +13,14 @@ import ray
 from stages.conftest import IMAGE_SIZE, Line, content, write_archive
 from stages.killing import run_and_kill
 
+from malaria_ray import demo
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.cells.images import resize
 from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, InvariantError, TooManyBadImagesError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import MANIFEST, QUARANTINE
-from malaria_ray.stages import ingest, pack, screen, verify
+from malaria_ray.stages import compare, evaluate, ingest, pack, plan, screen, verify
 
 PIXELS = np.full((40, 30, 3), 120, np.uint8)
 
@@ -124,6 +125,49 @@ def test_overwrite_makes_it_anew_but_never_deletes_a_foreign_directory(line: Lin
     with pytest.raises(DirectoryError, match="was not made by 'malaria-ray ingest'"):
         ingest_of(line.archive, tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("archive", ["empty", "broken.zip"])
+def test_overwrite_deletes_nothing_where_the_archive_is_none(line: Line, copy_of, tmp_path: Path, archive: str):
+    dataset = copy_of(line.dataset)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.zip").write_bytes(line.archive.read_bytes()[:1000])
+    before = content(dataset)
+    for stage, config in (
+        (ingest, ingest.Config(archive=str(tmp_path / archive), dataset=str(dataset), overwrite=True)),
+        (
+            screen,
+            screen.Config(
+                source=str(tmp_path / archive), results=str(line.results), model=str(line.run), overwrite=True
+            ),
+        ),
+    ):
+        with pytest.raises(ArchiveError):
+            stage.run(config)
+    assert content(dataset) == before
+    verify.run(verify.Config(directory=str(line.results)))
+
+
+def test_overwrite_does_not_delete_the_archive_that_it_is_to_read(line: Line, copy_of):
+    dataset = copy_of(line.dataset)
+    shutil.copy(line.archive, dataset / "mine.zip")
+    with pytest.raises(ConfigError, match="mine.zip lies in .*, which --overwrite would delete"):
+        ingest_of(dataset / "mine.zip", dataset, overwrite=True)
+    assert (dataset / "mine.zip").read_bytes() == line.archive.read_bytes()
+    assert pq.read_table(dataset / "manifest.parquet").num_rows == 240
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_or_keras_refuses_is_told_at_once(seed: int):
+    for config in (
+        lambda: ingest.Config(archive="a", dataset="d", seed=seed),
+        lambda: demo.Config(seed=seed),
+        lambda: evaluate.Config(results="r", seed=seed),
+        lambda: compare.Config(results=("r", "q"), seed=seed),
+        lambda: plan.Config(source="a", model="r", seed=seed),
+    ):
+        with pytest.raises(ConfigError, match=f"--seed {seed}: allowed are 0 to 4,294,967,295"):
+            config()
 
 
 def test_killed_in_the_middle_and_run_again_it_ends_right(tmp_path: Path):
@@ -244,6 +288,14 @@ def test_an_archive_that_is_wrong_as_a_whole_stops_with_the_reasons(tmp_path: Pa
     with pytest.raises(TooManyBadImagesError, match="4 of 5 files cannot be used \\(not_an_image 4\\)"):
         ingest_of(tmp_path / "archive", tmp_path / "dataset")
     assert len(ingest_of(tmp_path / "archive", tmp_path / "dataset", max_bad_fraction=1.0)) == 5
+
+
+def test_the_summary_of_another_split_is_shown_of_a_finished_dataset_too(line: Line, copy_of, capsys):
+    dataset = copy_of(line.dataset)
+    before = content(dataset)
+    ingest_of(line.archive, dataset, split_by="patient", seed=7)
+    assert "training split by patient, seed 7" in capsys.readouterr().out
+    assert content(dataset) == before
 
 
 def test_the_summary_measures_the_training_split_when_one_is_named(line: Line, tmp_path: Path):

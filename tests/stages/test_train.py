@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,64 @@ def test_more_workers_than_the_cluster_has_are_refused(line: Line, tmp_path: Pat
         train_of(line.dataset, tmp_path / "run", gpus_per_worker=2)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"num_workers": 3, "epochs": 4},
+        {"num_workers": 3, "overwrite": True},
+        {"model": "vgg19-finetuned", "init_from": ""},
+    ],
+    ids=["more epochs", "overwrite", "init_from of an empty variable"],
+)
+def test_a_refused_training_leaves_a_finished_run_as_it_was(line: Line, copy_of, flags: dict):
+    run = copy_of(line.run)
+    before = content(run)
+    with pytest.raises((TrainingError, ConfigError)):
+        train_of(line.dataset, run, **flags)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("below", ["", "head"])
+def test_overwrite_does_not_delete_what_the_training_starts_from(line: Line, copy_of, below: str):
+    run = copy_of(line.run)
+    if below:
+        shutil.copytree(run, run / below)
+    success = json.loads((run / below / "_SUCCESS.json").read_text())
+    storage.write_json(UPath(run / below / "_SUCCESS.json"), success | {"model": "vgg19-frozen"})
+    before = content(run)
+    with pytest.raises(ConfigError, match="lies in .*, which --overwrite would delete"):
+        train_of(line.dataset, run, model="vgg19-finetuned", init_from=str(run / below), overwrite=True)
+    assert content(run) == before
+
+
+def test_vgg19_takes_no_images_that_it_would_halve_to_nothing(line: Line, tmp_path: Path):
+    ingest.run(ingest.Config(archive=str(line.archive), dataset=str(tmp_path / "small"), image_size=31))
+    with pytest.raises(ConfigError, match="crops of 31 × 31 pixels; vgg19-frozen takes 32 × 32 or larger"):
+        train_of(tmp_path / "small", tmp_path / "run", model="vgg19-frozen")
+
+
+def test_a_worker_of_a_cluster_at_rest_gets_the_cpus_of_the_node_that_comes(line: Line, tmp_path: Path, monkeypatch):
+    """As on KubeRay: a head without CPUs, and a node of 8 that comes when it is asked for."""
+    nodes = [{"Alive": True, "Resources": {"node:head": 1.0}}]
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    asked = []
+
+    def comes(n: int, *, cpus: int, gpus: int, within_s: float) -> bool:
+        asked.append((n, cpus, gpus))
+        nodes.append({"Alive": True, "Resources": {"CPU": 8.0}})
+        return True
+
+    def stop(*args, n_threads: int, **kwargs):
+        raise RuntimeError(f"{n_threads} threads")
+
+    monkeypatch.setattr(train, "is_room_made", comes)
+    monkeypatch.setattr(train, "TrainingPlan", stop)
+    with pytest.raises(RuntimeError, match="8 threads"):
+        train_of(line.dataset, tmp_path / "run")
+    assert asked == [(1, 1, 0)]
+
+
 def test_on_a_cluster_nodes_are_waited_for_but_not_for_ever(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ):
@@ -237,6 +296,11 @@ def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.Monk
     ("flags", "message"),
     [
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: allowed are 0 to 4,294,967,295"),
+        ({"seed": 2**32}, "--seed 4294967296: allowed are 0 to 4,294,967,295"),
+        ({"cpus_per_worker": 0}, "--cpus-per-worker 0: must be at least 1"),
+        ({"num_workers": "1-"}, "--num-workers 1-: must be at least 1, or a range such as 1-4"),
+        ({"init_from": ""}, "--init-from goes with --model vgg19-finetuned, not with cnn"),
         ({"learning_rate": 0.0}, "--learning-rate 0.0: allowed are numbers above 0"),
         ({"num_workers": "4-2"}, "--num-workers 4-2: must be at least 1, or a range such as 1-4"),
         ({"folds": 5}, "--folds 5 --fold None: both are needed"),
