@@ -16,6 +16,7 @@ from rich.console import Console
 from malaria_ray import __version__
 from malaria_ray.errors import ConfigError, MalariaRayError
 from malaria_ray.runtime.redaction import without_secrets
+from malaria_ray.runtime.terminal import printable
 from malaria_ray.schema import RESEARCH_ONLY
 
 COMMANDS = {
@@ -122,7 +123,7 @@ def _configure_output(debug: bool) -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        return "\n".join(map(printable, without_secrets(super().format(record)).splitlines()))
 
 
 def _unexpected(error: BaseException) -> str:
@@ -130,11 +131,11 @@ def _unexpected(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return f"{type(error).__name__}: {without_secrets(' '.join(lines[-1].split()))[:400]}"
+    return printable(f"{type(error).__name__}: {without_secrets(' '.join(lines[-1].split()))[:400]}")
 
 
 def _one_line(error: BaseException) -> str:
-    return without_secrets(" ".join(str(error).split()))
+    return printable(without_secrets(" ".join(str(error).split())))
 
 
 def _print_help() -> None:

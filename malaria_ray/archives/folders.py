@@ -12,7 +12,7 @@ import pyarrow as pa
 from upath import UPath
 
 from malaria_ray.archives import Archive, containers
-from malaria_ray.archives.parquets import is_parquet_of_images, parquet_places
+from malaria_ray.archives.parquets import is_parquet_of_images, parquet_places, without_ending
 from malaria_ray.archives.tars import tar_places
 from malaria_ray.errors import ArchiveError, ConfigError
 from malaria_ray.runtime import storage
@@ -129,13 +129,13 @@ class FolderArchive:
     def _open_shard(self, shard: _Row) -> _Listed:
         name = shard[0]
         path = storage.locate(f"{storage.as_url(self.path).rstrip('/')}/{name}")
-        if name.endswith(".tar"):
+        if name.lower().endswith(".tar"):
             return list(containers.listed(path, lambda: tar_places(path))), [], [], []
         return list(containers.listed(path, lambda: self._rows(path, shard))), [], [], []
 
     def _rows(self, path: UPath, shard: _Row) -> Iterator[pa.Table]:
         if is_parquet_of_images(path):
-            yield from parquet_places(path, name=shard[0].removesuffix(".parquet"))
+            yield from parquet_places(path, name=without_ending(shard[0]))
         else:  # a table of something else: a row in quarantine like any file that is no image
             yield self._table([shard])
 
@@ -162,7 +162,7 @@ def check_outside(archive: Archive, output: UPath) -> None:
 
 def _is_shard(row: _Row) -> bool:
     name, _, method = row
-    return method == "file" and name.endswith((".tar", ".parquet"))
+    return method == "file" and name.lower().endswith((".tar", ".parquet"))
 
 
 def _s3_entries(fs: Any, folder: str) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import OK, PACKED, Reason
 
 _BATCH = 10_000
-_ROWS_AT_A_TIME = 128  # of images
+_ROWS_AT_A_TIME, _BYTES_AT_A_TIME = 128, 32 * 1024**2  # of images, whichever is less
 _BUFFER_BYTES = 4 * 1024**2  # a column is read in pieces of this size, however large its row group is
 _IMAGE_COLUMNS, _NAME_COLUMNS = ("image", "bytes"), ("image_id", "path", "file_name")
 
@@ -46,7 +46,7 @@ class ParquetArchive:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
-        name = containers.name_of(self.path).removesuffix(".parquet")
+        name = without_ending(containers.name_of(self.path))
         return containers.listed(self.path, lambda: parquet_places(self.path, name=name))
 
 
@@ -84,15 +84,29 @@ class _Columns:
     label_names: tuple[str, ...] | None
 
 
+def without_ending(name: str) -> str:
+    """The name without `.parquet`, in whatever case."""
+    return name[: -len(".parquet")] if name.lower().endswith(".parquet") else name
+
+
 def is_parquet_of_images(path: UPath) -> bool:
     """Whether it is Parquet with a column of encoded images. Raises: `ArchiveError` where it cannot be opened."""
     try:
         with containers.opened(path, is_read_in_order=False) as file:
             return _image_column(pq.read_schema(file)) is not None
     except ArchiveError as error:
-        if isinstance(error.__cause__, pa.ArrowInvalid):
+        if _is_no_table(error.__cause__, path):
             return False
         raise
+
+
+def _is_no_table(error: BaseException | None, path: UPath) -> bool:
+    """Whether Parquet's reader refuses the content. Of a footer that is none, or encrypted, it raises an OSError
+    without a number; from an object store's client that may be anything.
+    """
+    return isinstance(error, pa.ArrowInvalid) or (
+        isinstance(error, OSError) and error.errno is None and storage.is_local(path)
+    )
 
 
 def parquet_places(path: UPath, *, name: str) -> Iterator[pa.Table]:
@@ -103,7 +117,7 @@ def parquet_places(path: UPath, *, name: str) -> Iterator[pa.Table]:
         with containers.opened(path, is_read_in_order=False) as file:
             yield from _places(pq.ParquetFile(file), path, name)
     except ArchiveError as error:
-        if isinstance(error.__cause__, pa.ArrowInvalid):
+        if _is_no_table(error.__cause__, path):
             raise ArchiveError(f"{path} is no complete Parquet file: {error.__cause__}; fetch it again") from error
         raise
 
@@ -253,9 +267,10 @@ def read_rows(container: str, offsets: Sequence[int]) -> Iterator[bytes | ReadEr
     groups = (np.searchsorted(begins, offsets, side="right") - 1).tolist()
     for group, run in itertools.groupby(zip(groups, offsets, strict=True), key=lambda pair: pair[0]):
         wanted = [offset - int(begins[group]) for _, offset in run]
-        read = partial(_read_group, path, metadata, group, wanted)
-        found = containers.tried(read)
-        yield from (found for _ in wanted) if isinstance(found, ReadError) else found
+        held: dict[int, bytes | ReadError] = {}
+        failure = containers.tried(partial(_read_group, path, metadata, group, wanted, held))
+        absent = failure or ReadError(Reason.UNREADABLE, "the file has no such row any more")
+        yield from (held.get(row, absent) for row in wanted)  # rows before a damaged page are there
 
 
 def _metadata(path: UPath) -> pq.FileMetaData:
@@ -263,15 +278,16 @@ def _metadata(path: UPath) -> pq.FileMetaData:
         return pq.read_metadata(file)
 
 
-def _read_group(path: UPath, metadata: pq.FileMetaData, group: int, wanted: list[int]) -> list[bytes | ReadError]:
-    """Rows of one row group by their numbers in it."""
+def _read_group(
+    path: UPath, metadata: pq.FileMetaData, group: int, wanted: list[int], held: dict[int, bytes | ReadError]
+) -> None:
+    """Rows of one row group by their numbers in it, into `held`, each as soon as it is read."""
     cursor = _kept.pop() if _kept else None
     if cursor is None or not cursor.leads_to(path, metadata, group, min(wanted)):
         cursor = _Cursor(path, metadata, group)
-    found = cursor.read(wanted)
+    cursor.read(wanted, held)
     if not cursor.is_at_end:
         _kept[:] = [cursor]
-    return found
 
 
 class _Cursor:
@@ -290,7 +306,10 @@ class _Cursor:
         is_packed = (schema.metadata or {}).get(b"malaria_ray.table") == PACKED.name.encode()
         self._told = ["status", "detail", "content_digest"] if is_packed else []
         self._batches = parquet.iter_batches(
-            _ROWS_AT_A_TIME, row_groups=[group], columns=[self._image, *self._told], use_threads=False
+            _rows_at_a_time(metadata, group, self._image),
+            row_groups=[group],
+            columns=[self._image, *self._told],
+            use_threads=False,
         )
         self._first, self._batch = 0, next(self._batches, None)
 
@@ -302,8 +321,7 @@ class _Cursor:
         """Whether `row` of that group of that very file lies here or ahead."""
         return self._of == (str(path), group) and row >= self._first and bool(self._metadata.equals(metadata))
 
-    def read(self, wanted: list[int]) -> list[bytes | ReadError]:
-        held: dict[int, bytes | ReadError] = {}
+    def read(self, wanted: list[int], held: dict[int, bytes | ReadError]) -> None:
         needed, last = set(wanted), max(wanted)
         while self._batch is not None and self._first <= last:
             end = self._first + self._batch.num_rows
@@ -315,8 +333,14 @@ class _Cursor:
             if end > last + 1:
                 break
             self._first, self._batch = end, next(self._batches, None)
-        gone = ReadError(Reason.UNREADABLE, "the file has no such row any more")
-        return [held.get(row, gone) for row in wanted]
+
+
+def _rows_at_a_time(metadata: pq.FileMetaData, group: int, image: str) -> int:
+    """As many rows as memory is meant for: of images of 16 MB two, for Arrow makes one array of all."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    of_group = metadata.row_group(group)
+    n_bytes = int(of_group.column(paths.index(image)).total_uncompressed_size)
+    return max(1, min(_ROWS_AT_A_TIME, _BYTES_AT_A_TIME * int(of_group.num_rows) // max(1, n_bytes)))
 
 
 _kept: list[_Cursor] = []

@@ -152,7 +152,11 @@ def _content(data: bytes, name: str, *, where: str) -> dict[str, Any]:
 
 def _members(file: BinaryIO, path: UPath) -> Iterator[_Member]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
+        before = -1
         while (info := tar.next()) is not None:
+            if tar.offset <= before:  # else Python would read one header for ever (CVE-2025-8194)
+                raise tarfile.ReadError("a header says that its file has less than no bytes")
+            before = tar.offset
             tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all
             if info.isdir():
                 continue

@@ -130,7 +130,9 @@ def finish(
 ) -> None:
     """Removes the stage's work folder and writes `_SUCCESS.json`: after this the directory is finished."""
     storage.remove(path / WORK)
-    content = {"finished_at": _now(), "counts": counts, **more, "timings": timings, "files": files}
+    name = _CONFIG_FILE[str(stage_of(path))]
+    config = {name: storage.record_of(path / name)}
+    content = {"finished_at": _now(), "counts": counts, **more, "timings": timings, "config": config, "files": files}
     storage.write_json(path / SUCCESS, content)
 
 
@@ -171,8 +173,16 @@ def read_config(path: UPath, stage: str) -> dict[str, Any]:
 
 
 def stage_of(path: UPath) -> str | None:
-    """The stage that made a directory; None where none did."""
-    return next((stage for stage in _CONFIG_FILE if _read_config(path, stage) is not None), None)
+    """The stage that made a directory; None where none did: a config.json may be anybody's.
+
+    Raises: `DirectoryError` where a finished one has a config that is damaged.
+    """
+    try:
+        return next((stage for stage in _CONFIG_FILE if _read_config(path, stage) is not None), None)
+    except (DirectoryError, OSError):
+        if (path / SUCCESS).exists():
+            raise
+        return None
 
 
 def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
@@ -197,7 +207,7 @@ def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]
 
 def _check_is_ours(path: UPath, stage: str) -> None:
     """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and stage_of(path) != stage:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_config(path, stage) is None:
         raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'; --overwrite does not delete it")
 
 

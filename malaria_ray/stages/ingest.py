@@ -218,7 +218,7 @@ def _publish(dataset: UPath, *, n_files: int) -> tuple[pa.Table, dict[str, FileR
 def _check_bad_fraction(manifest: pa.Table, dataset: UPath, allowed: float) -> None:
     reasons = Counter(status for status in manifest["status"].to_pylist() if status != OK)
     n_bad = sum(reasons.values())
-    if n_bad > allowed * manifest.num_rows:
+    if n_bad / manifest.num_rows > allowed:
         raise TooManyBadImagesError(
             f"{n_bad:,} of {manifest.num_rows:,} files cannot be used ("
             + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())

@@ -104,7 +104,7 @@ def run(config: Config) -> None:
     records = [storage.read_json(_record(packed, part)) for part in range(len(bounds))]
     counts = _counts(records)
     n_bad = sum(counts["reasons"].values())
-    if n_bad > config.max_bad_fraction * counts["n_files"]:
+    if n_bad / counts["n_files"] > config.max_bad_fraction:
         raise TooManyBadImagesError(
             f"{n_bad:,} of {counts['n_files']:,} files cannot be read ({counts['reasons']}), more than "
             f"--max-bad-fraction {config.max_bad_fraction}; correct the archive and run again, which tries those anew"

@@ -166,39 +166,40 @@ def measure(sample: pa.Table, model: bytes, *, engine: EngineName, image_size: i
     """Seconds an image of reading, decoding with resizing, and the forward pass, by one thread of this machine."""
     reasons: Counter[str] = Counter()
     before = _resident_bytes()
-    begun = time.monotonic()
+    n, begun = sample.num_rows, time.monotonic()
+    decode_s = 0.0
     if sample["method"][0].as_py() == "crops":
         pixels = read_cells(sample, image_size=image_size).pixels
-        read = decoded = time.monotonic()
     else:
-        contents = list(read_files(sample))
-        read = time.monotonic()
-        images = []
-        for data in contents:
+        pixels = np.empty((n, image_size, image_size, 3), np.uint8)
+        n_usable = 0
+        for data in read_files(sample):
+            read = time.monotonic()
             try:
                 if isinstance(data, ReadError):
                     raise data
-                images.append(resize(decode(data), image_size))
+                resize(decode(data), image_size, out=pixels[n_usable])
+                n_usable += 1
             except (ImageRefused, ReadError) as refusal:
                 reasons[refusal.reason.value] += 1
-        decoded = time.monotonic()
-        pixels = np.stack(images) if images else np.empty((0, image_size, image_size, 3), np.uint8)
+            decode_s += time.monotonic() - read
+        pixels = pixels[:n_usable]
+    read_s = time.monotonic() - begun - decode_s
     if not len(pixels):
         raise ConfigError(
             f"none of the {sample.num_rows:,} sampled files can be used ({dict(reasons)}); look at the archive, or "
             "take a larger --sample"
         )
     forward_s, load_s = _forward(pixels, model, engine=engine, batch_size=batch_size)
-    n = sample.num_rows
     return {
         "n": n,
         "n_usable": len(pixels),
         "reasons": dict(reasons.most_common()),
-        "read_s": (read - begun) / n,
-        "decode_s": (decoded - read) / n,
+        "read_s": read_s / n,
+        "decode_s": decode_s / n,
         "forward_s": forward_s * len(pixels) / n,
         "load_s": round(load_s, 2),
-        "grown_bytes": max(0, _resident_bytes() - before),
+        "grown_bytes": max(0, _resident_bytes() - before - 2 * pixels.nbytes),  # less the sample itself and its copy
     }
 
 

@@ -375,7 +375,8 @@ def _watched(work: UPath, n_files: int) -> Iterator[None]:
     def look(report: Any) -> None:
         nonlocal known, n_bad
         files = ledger.committed_files(work)
-        for rows in ledger.read_files([files[name] for name in files.keys() - known], ["status"]):
+        # All of them before any is counted: a look that storage cuts short is looked again as a whole.
+        for rows in list(ledger.read_files([files[name] for name in files.keys() - known], ["status"])):
             n_bad += rows.num_rows - pc.sum(pc.equal(rows["status"], OK)).as_py()
             report(rows.num_rows, f"{n_bad:,} in quarantine" if n_bad else "")
         known = files.keys()
@@ -616,7 +617,7 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
 
 
 def _check_bad_fraction(counts: dict[str, Any], results: UPath, allowed: float) -> None:
-    if counts["n_quarantined"] > allowed * counts["n_files"]:
+    if counts["n_quarantined"] / counts["n_files"] > allowed:  # 0.29 of 100 is 28.999… in floating point
         raise TooManyBadImagesError(
             f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used "
             f"({counts['quarantine_reasons']}), more than "

@@ -20,6 +20,8 @@ from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT, OK, PREDICTIONS, QUAR
 
 _N_NAMED = 10
 
+_TABLE_OF_COUNT = {"scored": "predictions", "quarantined": "quarantine"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -38,10 +40,13 @@ def run(config: Config) -> None:
     if stage is None:
         raise DirectoryError(f"{path} is no dataset, run or results directory of malaria-ray")
     success = outputs.check_complete(path, stage)
-    faults = [*_file_faults(path, success["files"]), *_extra_files(path, success["files"])]
+    written = {**success["files"], **success.get("config", {})}
+    faults = [*_file_faults(path, written), *_extra_files(path, success["files"])]
     checks = {"ingest": _dataset_faults, "pack": _packed_faults, "train": _run_faults, "screen": _results_faults}
     checks["audit"] = _audit_faults
     faults += checks[stage](path)
+    if stage == "screen":
+        faults += _count_faults(path, success["counts"])
     added = outputs.files_added(path)
     faults += [*_file_faults(path, added), *_extra_files(path, added)]
     if faults:
@@ -101,6 +106,19 @@ def _results_faults(path: UPath) -> Iterator[str]:
     yield from _difference("predictions/ and quarantine/", listing["image_id"], found)
     for folder, table in (("predictions", PREDICTIONS), ("quarantine", QUARANTINE)):
         yield from _schema_faults(path / folder, table)
+
+
+def _count_faults(path: UPath, counts: dict[str, Any]) -> Iterator[str]:
+    """What `_SUCCESS.json` says was counted, against the rows."""
+    parts = {"n_files": [path / "listing.parquet"]}
+    parts |= {f"n_{name}": storage.parts(path / table) for name, table in _TABLE_OF_COUNT.items()}
+    for name, files in parts.items():
+        try:
+            n = sum(storage.n_rows(file) for file in files)
+        except (pa.ArrowInvalid, OSError):
+            continue  # told by its record already
+        if n != counts[name]:
+            yield f"{outputs.SUCCESS} says {name} {counts[name]:,}, the tables have {n:,}"
 
 
 def _packed_faults(path: UPath) -> Iterator[str]:

@@ -295,6 +295,17 @@ def test_files_of_unknown_size_are_not_all_read_at_once(tmp_path: Path, monkeypa
     assert read == [4, 2]
 
 
+@pytest.mark.parametrize("config", ["", "// comment\n{}", '{"stage": "train", "lr": 1}', "[1]", None])
+def test_a_config_of_somebody_elses_is_a_file_of_the_archive(tmp_path: Path, config: str | None) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    if config is None:
+        fill(tmp_path, {"config.json/b.png": PNG})
+    else:
+        (tmp_path / "config.json").write_text(config)
+    names = list_archive(open_archive(str(tmp_path)))["image_id"].to_pylist()
+    assert sorted(names) == ["a.png", "config.json/b.png" if config is None else "config.json"]
+
+
 @pytest.mark.parametrize(
     ("archive", "output"),
     [

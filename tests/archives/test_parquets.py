@@ -24,6 +24,10 @@ IMAGES = [samples.noise(i) for i in range(N)]
 NAMES = [f"C{i}_thinF_{i}.png" for i in range(N)]
 
 
+NO_FOOTER = b"PAR1" + bytes(64) + b"\x40\x00\x00\x00PAR1"
+"""A footer that is no Thrift."""
+
+
 def hugging_face(names: list[str]) -> pa.Table:
     """As `datasets` writes an image column and a ClassLabel."""
     images = pa.array([{"bytes": data, "path": name} for data, name in zip(IMAGES, NAMES, strict=True)])
@@ -91,10 +95,12 @@ def test_folder_of_files_is_one_archive_and_other_tables_are_rows_in_quarantine(
         pq.write_table(table, tmp_path / f"train-{part}.parquet")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "metadata.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"no Parquet")
+    (tmp_path / "footer.parquet").write_bytes(NO_FOOTER)
+    (tmp_path / "train-1.parquet").rename(tmp_path / "train-1.PARQUET")
     (tmp_path / "README.md").write_text("cells")
     table = read_cells(list_archive(open_archive(str(tmp_path))), image_size=16).table
     found = dict(zip(table["image_id"].to_pylist(), table["status"].to_pylist(), strict=True))
-    others = dict.fromkeys(["metadata.parquet", "broken.parquet", "README.md"], "not_an_image")
+    others = dict.fromkeys(["metadata.parquet", "broken.parquet", "footer.parquet", "README.md"], "not_an_image")
     assert found == dict.fromkeys(NAMES, "ok") | others
     sizes = dict(zip(table["image_id"].to_pylist(), table["n_bytes"].to_pylist(), strict=True))
     assert [sizes[name] for name in NAMES] == [len(data) for data in IMAGES]
@@ -115,9 +121,10 @@ def test_what_cannot_be_an_archive_is_refused(tmp_path: Path, table: pa.Table, s
 
 
 def test_broken_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "cells.parquet").write_bytes(b"PAR1 no Parquet")
-    with pytest.raises(ArchiveError, match="is no complete Parquet file"):
-        listed(tmp_path / "cells.parquet")
+    for content in (b"PAR1 no Parquet", NO_FOOTER):
+        (tmp_path / "cells.parquet").write_bytes(content)
+        with pytest.raises(ArchiveError, match="is no complete Parquet file"):
+            listed(tmp_path / "cells.parquet")
 
 
 def test_signature_of_a_url_is_in_no_name(tmp_path: Path) -> None:
@@ -147,6 +154,47 @@ def test_damaged_row_group_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     found = list(read_files(listing))
     assert [isinstance(item, ReadError) for item in found] == [False, False, True, True, False, False, False]
     assert found[4:] == IMAGES[4:]
+
+
+def test_rows_before_a_damaged_page_are_read_whatever_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "WAITS_S", (0.0,))
+    images = [np.random.default_rng([i]).bytes(1000) for i in range(4096)]
+    file = tmp_path / "cells.parquet"
+    options = {"compression": "none", "use_dictionary": False, "data_page_size": 2**18}
+    pq.write_table(pa.table({"image": images}), file, row_group_size=4096, **options)
+    listing = list_archive(open_archive(str(file)))
+    data = bytearray(file.read_bytes())
+    header = data.rindex(b"\x15\x00\x15", 0, data.index(images[2000]))
+    data[header : header + 16] = bytes(16)
+    file.write_bytes(data)
+    found = {}
+    for n in (4096, 1024, 100):
+        parquets._kept.clear()
+        read = [item for start in range(0, 4096, n) for item in read_files(listing.slice(start, n))]
+        found[n] = [isinstance(item, ReadError) for item in read]
+        assert all(item == image for item, image in zip(read, images, strict=True) if isinstance(item, bytes))
+    assert found[4096] == found[1024] == found[100]
+    assert 1000 < found[100].index(True) <= 2000
+
+
+@pytest.mark.parametrize("is_struct", [True, False])
+def test_rows_of_large_images_are_read_a_few_at_a_time(tmp_path: Path, is_struct: bool) -> None:
+    """In one array 128 of them would pass the 2 GiB of Arrow's offsets, and the memory of an actor before that."""
+    images = [bytes([i]) * 18_000_000 for i in range(20)]
+    column = [{"bytes": data, "path": f"{i}.bmp"} for i, data in enumerate(images)] if is_struct else images
+    options = {"row_group_size": 20, "use_dictionary": False, "compression": "zstd", "write_batch_size": 1}
+    pq.write_table(pa.table({"image": column}), tmp_path / "cells.parquet", **options)
+    listing = list_archive(open_archive(str(tmp_path / "cells.parquet")))
+    was, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(counted)
+    try:
+        assert [len(data) for data in read_files(listing.slice(10, 2))] == [18_000_000] * 2
+    finally:
+        parquets._kept.clear()
+        pa.set_memory_pool(was)
+    assert counted.max_memory() < 200 * 2**20
 
 
 def test_file_gone_after_it_was_listed_gives_rows(tmp_path: Path) -> None:

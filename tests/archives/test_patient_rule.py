@@ -1,4 +1,4 @@
-"""--patients and --patient-pattern: a mapping that cannot be meant so is refused, for wrong patients leak between splits."""
+"""--patients and --patient-pattern: what cannot be meant so is refused, for wrong patients leak between splits."""
 
 from __future__ import annotations
 

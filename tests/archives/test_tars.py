@@ -236,6 +236,23 @@ def test_server_without_ranges_is_told_in_one_line(ending: str) -> None:
         list_archive(open_archive(f"{site.url}/cells.{ending}"))
 
 
+def test_a_header_that_leads_back_to_itself_is_told(tmp_path: Path) -> None:
+    """Python's reader, before its versions of 2025, takes it for the next member for ever (CVE-2025-8194)."""
+    data = bytearray(tar_of({"a.png": bytes(100), "b.png": b""}))
+    at = data.index(b"b.png")
+    data[at + 124 : at + 136] = b"\xff" + (256**11 - 512).to_bytes(11, "big")
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    (tmp_path / "cells.tar").write_bytes(data)
+    with pytest.raises(ArchiveError, match=r"cells\.tar"):
+        list_archive(open_archive(str(tmp_path / "cells.tar")))
+
+
+def test_tar_shards_of_any_case_in_a_folder_are_shards(tmp_path: Path) -> None:
+    (tmp_path / "S.TAR").write_bytes(tar_of({"a.png": bytes(100)}))
+    assert list_archive(open_archive(str(tmp_path)))["image_id"].to_pylist() == ["a.png"]
+
+
 def test_tar_cut_off_after_it_was_listed_gives_rows(tmp_path: Path) -> None:
     file = tmp_path / "cells.tar"
     file.write_bytes(WHOLE)

@@ -210,6 +210,16 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     assert "no quarantined file to try again" in caplog.text
 
 
+def test_without_room_nothing_is_retried_or_overwritten(line: Line, with_a_hole: Path, tmp_path: Path):
+    results = tmp_path / "results"
+    screen_of(with_a_hole, results, line.run)
+    kept = content(results)
+    for flags in ({"retry_quarantined": "all"}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match="--cpus-per-actor 64: no node has so many CPUs"):
+            screen_of(with_a_hole, results, line.run, cpus_per_actor=64, **flags)
+    assert content(results) == kept
+
+
 def test_a_retry_that_is_refused_leaves_finished_results_as_they_were(line: Line, with_a_hole: Path, tmp_path: Path):
     results = tmp_path / "results"
     screen_of(with_a_hole, results, line.run)

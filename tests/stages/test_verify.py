@@ -77,6 +77,21 @@ def test_a_spoilt_shard_is_found_and_its_images_named(
         assert repr(named) in str(failure.value)
 
 
+def test_a_config_or_count_changed_by_hand_is_found(line: Line, copy_of):
+    results = copy_of(line.results)
+    for name, was, now, said in (
+        ("run.json", '"threshold": 0.5', '"threshold": 0.1', "run.json was changed"),
+        ("_SUCCESS.json", '"n_scored": 240', '"n_scored": 999', "says n_scored 999, the tables have 240"),
+    ):
+        text = (results / name).read_text()
+        assert was in text
+        (results / name).write_text(text.replace(was, now))
+        with pytest.raises(InvariantError, match=said):
+            verify_of(results)
+        (results / name).write_text(text)
+    verify_of(results)
+
+
 def test_a_metric_changed_by_hand_is_found(line: Line, copy_of):
     results = copy_of(line.results)
     evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
