@@ -28,7 +28,7 @@ class Config:
     """Checks a cluster: the token, and by a task on every node versions, storage, model, memory, clocks, devices."""
 
     address: str | None = None
-    """http address of the dashboard, checked from here, the nodes by a job; by default RAY_ADDRESS if it is an http one,
+    """http address of the dashboard, checked from here, the nodes by a job; by default RAY_ADDRESS if it is http,
     or without it RAY_API_SERVER_ADDRESS; else Ray is joined, that of RAY_ADDRESS or of this machine."""
     storage: str | None = None
     """Folder or URL that every node must be able to write and read."""
