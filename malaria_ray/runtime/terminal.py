@@ -35,9 +35,9 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
-def number(value: float | None) -> str:
-    """A metric as tables show it."""
-    return "undefined" if value is None or math.isnan(value) else f"{value:.4f}"
+def number(value: float | None, digits: str = ".4f") -> str:
+    """A metric as tables show it; `digits` is Python's format."""
+    return "undefined" if value is None or math.isnan(value) else f"{value:{digits}}"
 
 
 class Report(Protocol):

@@ -80,7 +80,7 @@ def run(config: Config) -> None:
         log.info("%s is finished; nothing to do", path)
     else:
         with connect(opened) as connection:
-            _audit(connection, opened, path, started, claim)
+            _audit(connection, opened, claim, started)
     _print_report(path, outputs.check_complete(path, "audit"))
 
 
@@ -93,11 +93,7 @@ def _records(one: Results) -> dict[str, str]:
 
 
 def _audit(
-    connection: duckdb.DuckDBPyConnection,
-    opened: Sequence[Results],
-    path: UPath,
-    started: float,
-    claim: outputs.Claim,
+    connection: duckdb.DuckDBPyConnection, opened: Sequence[Results], claim: outputs.Claim, started: float
 ) -> None:
     found = connection.sql(_OUT_OF_FOLD).df()
     _check(found)
@@ -123,6 +119,7 @@ def _audit(
             ).assign(results=one.name, model=one.success["model"], threshold=threshold)
         )
     claim.begin()
+    path = claim.path
     files: dict[str, storage.FileRecord] = {}
     for kind, frame in ((LABEL_AUDIT, table), (AUDIT_METRICS, pd.concat(metrics))):
         rows = pa.Table.from_pandas(frame[kind.names], schema=kind.arrow_schema(), preserve_index=False)

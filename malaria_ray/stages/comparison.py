@@ -17,6 +17,7 @@ from malaria_ray.cells.copies import is_copy
 from malaria_ray.errors import DatasetError, QueryError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.terminal import folded, printable
+from malaria_ray.runtime.terminal import number as shown
 from malaria_ray.stages.charts import Axis, Series, histogram, line_chart
 from malaria_ray.stages.figures import Figure
 from malaria_ray.stages.galleries import Gallery, pictures
@@ -168,18 +169,14 @@ def shown_metrics(pair: Pair) -> list[dict[str, Any]]:
         rows.append(
             {
                 "metric": name,
-                "first": _defined(row["first"], digits),
-                "other": _defined(row["other"], digits),
-                "difference": _defined(row["difference"], f"+{digits}"),
+                "first": shown(row["first"], digits),
+                "other": shown(row["other"], digits),
+                "difference": shown(row["difference"], f"+{digits}"),
                 "interval": f"{row['ci_low']:+.4f} to {row['ci_high']:+.4f}" if has_interval else "",
                 "is_clear": has_interval and (row["ci_low"] > 0 or row["ci_high"] < 0),
             }
         )
     return rows
-
-
-def _defined(value: float, digits: str) -> str:
-    return "undefined" if np.isnan(value) else f"{value:{digits}}"
 
 
 def metrics_table(pair: Pair) -> RichTable:
