@@ -39,7 +39,7 @@ lock:
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	    --no-emit-find-links --no-annotate --extra cpu --extra test pyproject.toml -o requirements.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-	    --no-emit-find-links --no-annotate -c requirements.lock --extra cpu --extra s3 --extra gcs --extra iceberg --extra openvino \
+	    --no-emit-find-links --no-annotate -c requirements.lock --extra cpu --extra s3 --extra gcs --extra iceberg \
 	    pyproject.toml -o requirements-cpu.lock
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 	    --no-emit-find-links --no-annotate --extra gpu --extra s3 --extra gcs --extra iceberg pyproject.toml -o requirements-gpu.lock

@@ -16,7 +16,7 @@ from upath import UPath
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels
 from malaria_ray.models.building import build_backbone
-from malaria_ray.models.engines import OnnxEngine
+from malaria_ray.models.engines import open_engine
 from malaria_ray.models.export import to_onnx
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.terminal import progress
@@ -92,7 +92,7 @@ def _backbone_as_onnx(weights: bytes, image_size: int) -> bytes:
 class _FeatureActor:
     def __init__(self, plan: list[FeaturePlan]):
         self.plan = plan[0]
-        self.engine = OnnxEngine(ray.get(self.plan.backbone), n_threads=1, batch_size=_BATCH_SIZE)
+        self.engine = open_engine("ncnn", ray.get(self.plan.backbone), n_threads=1, batch_size=_BATCH_SIZE)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         crops = storage.read_table(storage.locate(row["crops"]), columns=["image_id", "image"])

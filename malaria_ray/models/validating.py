@@ -1,5 +1,5 @@
 """What a trained network says of the images that a run learns from after training: scores and features, by the very
-file that screening will use.
+file and engine that screening will use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def validate(onnx: bytes, *, train: Examples, val: Examples, seed: int, n_thread
     """Scores all validation images by `model.onnx`; learns from their features and those of some training images what
     is usual. Both hold images, uint8 (n, size, size, 3). Raises: `ModelError`, `DatasetError`.
     """
-    engine = open_engine("onnx", onnx, n_threads=n_threads, batch_size=_BATCH_SIZE)
+    engine = open_engine("ncnn", onnx, n_threads=n_threads, batch_size=_BATCH_SIZE)
 
     def described(examples: Examples, chosen: npt.NDArray[np.int64]) -> tuple[Scores, Features]:
         pieces = (chosen[start : start + _AT_ONCE] for start in range(0, len(chosen), _AT_ONCE))

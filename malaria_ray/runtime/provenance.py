@@ -17,6 +17,7 @@ PACKAGES = (
     "keras",
     "tensorflow",
     "tensorflow-cpu",
+    "ncnn",
     "onnxruntime",
     "onnxruntime-gpu",
     "numpy",

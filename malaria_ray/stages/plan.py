@@ -53,7 +53,7 @@ class Config:
     """Archive or dataset."""
     model: str
     """Run made by 'malaria-ray train'."""
-    engine: EngineName = "onnx"
+    engine: EngineName = "ncnn"
     """As for 'screen'."""
     batch_size: int = 64
     """As for 'screen'."""

@@ -31,7 +31,7 @@ from malaria_ray.archives.listing import check_same_listing, list_archive, listi
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, bf16_fault, gpu_fault
+from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
@@ -81,9 +81,9 @@ class Config:
     """Run made by 'malaria-ray train'."""
     split: Split | Literal["all"] = "all"
     """Only the images of this split of the run."""
-    engine: EngineName = "onnx"
-    """onnx: ONNX Runtime; keras: the same network by Keras; openvino-bf16: in bfloat16, twice as fast on CPUs that have
-    it, scores differ in the third digit."""
+    engine: EngineName | None = None
+    """ncnn: convolutions by ncnn, fastest on CPUs, the default there; onnx: all by ONNX Runtime, the default on GPUs;
+    keras: by Keras. All compute in float32."""
     patients: tuple[str, ...] = ()
     """Patient mapping files of an archive, as for 'ingest'."""
     patient_pattern: str | None = None
@@ -119,12 +119,17 @@ class Config:
         gpus = self.gpus_per_actor
         if not (0 <= gpus <= 1 or gpus == int(gpus) > 0):
             raise ConfigError(f"--gpus-per-actor {gpus:g}: allowed are 0 to 1 and whole numbers")
-        if gpus and self.engine == "openvino-bf16":
-            raise ConfigError("--engine openvino-bf16 computes on CPUs; leave --gpus-per-actor away, or the engine")
+        if gpus and self.engine == "ncnn":
+            raise ConfigError("--engine ncnn computes on CPUs; leave --gpus-per-actor away, or the engine")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
         if self.overwrite and self.retry_quarantined:
             raise ConfigError("--retry-quarantined keeps what --overwrite would delete; give one of them")
+
+    @property
+    def engine_name(self) -> EngineName:
+        """The engine, where none is given the fastest."""
+        return self.engine or ("onnx" if self.gpus_per_actor else "ncnn")
 
     @property
     def actor_range(self) -> tuple[int, int] | None:
@@ -162,8 +167,8 @@ def run(config: Config) -> None:
         **archive.identity(),
         **rule.identity,
         "run_id": trained["run_id"],
-        "model_digest": trained["files"][MODEL_FILE[config.engine]]["sha256"],
-        "engine": config.engine,
+        "model_digest": trained["files"][MODEL_FILE[config.engine_name]]["sha256"],
+        "engine": config.engine_name,
         "split": str(config.split),
         "threshold": trained["threshold"],
         "preprocessing": PREPROCESSING,
@@ -184,7 +189,7 @@ def run(config: Config) -> None:
         _print_summary(storage.read_json(results / outputs.SUCCESS))
         return
 
-    _check_model_file(run_path, MODEL_FILE[config.engine], identity["model_digest"])
+    _check_model_file(run_path, MODEL_FILE[config.engine_name], identity["model_digest"])
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
@@ -197,8 +202,8 @@ def run(config: Config) -> None:
     with ray_session():
         connected, connected_at = time.monotonic(), time.time()
         plan = ScoringPlan(
-            model_file=storage.as_url(run_path / MODEL_FILE[config.engine]),
-            engine=config.engine,
+            model_file=storage.as_url(run_path / MODEL_FILE[config.engine_name]),
+            engine=config.engine_name,
             image_size=trained["image_size"],
             batch_size=config.batch_size,
             n_threads=config.cpus_per_actor,
@@ -209,10 +214,6 @@ def run(config: Config) -> None:
             model=trained["model"],
             run_id=trained["run_id"],
         )
-        if config.engine == "openvino-bf16":  # asked here, since each actor would tell of it in forty lines
-            fault = ray.get(ray.remote(bf16_fault).options(num_cpus=_TASK_CPUS).remote())
-            if fault:
-                raise ModelError(fault)
         pool = _pool(config)
         if claim is not None:  # all that could refuse the work has had its say
             claim.begin()
@@ -308,7 +309,7 @@ def _pool(config: Config) -> tuple[int, int]:
         log.info("waiting for nodes: %s asks for more than those that are there have", asked)
     if gpus:
         probe = ray.remote(gpu_fault).options(num_gpus=gpus, num_cpus=0)
-        fault = ray.get(probe.remote(config.engine))
+        fault = ray.get(probe.remote(config.engine_name))
         if fault:
             log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
     return config.actor_range or (max(1, _room(config)),) * 2

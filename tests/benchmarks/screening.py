@@ -1,7 +1,7 @@
 """Screening to Parquet, side by side: python -m tests.benchmarks.screening [--n 1000] [--run RUN].
 
-The same network (the article's cnn) and images for all, in float32 but for --engine openvino-bf16. The ceiling is
-1/(1/decode + 1/network) of bare processes, one a core, with the same ONNX Runtime. Each way runs in a process of its
+The same network (the article's cnn) and images for all, in float32. The ceiling is 1/(1/decode + 1/network) of bare
+processes, one a core, with the same engine. Each way runs in a process of its
 own after a small run of itself; the rate counts from the first call to the last file written, the start of Ray or of an
 interpreter not.
 """
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from malaria_ray.models.engines import bf16_fault
 from tests.benchmarks import material
 from tests.benchmarks.decoding import alone, decode_share, files_of, tf_dataset
 from tests.benchmarks.material import IMAGE_SIZE, N_PROCESSES
@@ -26,11 +25,11 @@ SLOW_N = 4000  # images for the two ways through Keras, which need several times
 N_FORWARD = 1600
 
 
-def forward_share(model: Path, index: int, n_processes: int, is_warming: bool = False) -> int:
-    """The network alone in one process: batches of random pixels through ONNX Runtime with one thread."""
+def forward_share(model: Path, name: str, index: int, n_processes: int, is_warming: bool = False) -> int:
+    """The network alone in one process: batches of random pixels through the engine `name` with one thread."""
     from malaria_ray.models.engines import open_engine
 
-    engine = open_engine("onnx", model.read_bytes(), n_threads=1, batch_size=BATCH)
+    engine = open_engine(name, model.read_bytes(), n_threads=1, batch_size=BATCH)
     n = BATCH if is_warming else N_FORWARD // n_processes // BATCH * BATCH
     pixels = np.random.default_rng([index]).integers(0, 256, (BATCH, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for _ in range(0, n, BATCH):
@@ -38,13 +37,13 @@ def forward_share(model: Path, index: int, n_processes: int, is_warming: bool = 
     return n
 
 
-def ceiling(archive: Path, run: Path) -> dict[str, float]:
+def ceiling(archive: Path, run: Path, engine: str) -> dict[str, float]:
     decode = material.bare_rate(decode_share, (archive,))
-    forward = material.bare_rate(forward_share, (run / "model.onnx",))
+    forward = material.bare_rate(forward_share, (run / "model.onnx", engine))
     return {"decode": decode, "network": forward, "rate": 1 / (1 / decode + 1 / forward)}
 
 
-def ours(archive: Path, folder: Path, run: Path, engine: str = "onnx") -> dict[str, Any]:
+def ours(archive: Path, folder: Path, run: Path, engine: str) -> dict[str, Any]:
     from malaria_ray.runtime import storage
     from malaria_ray.runtime.session import ray_session
     from malaria_ray.stages import screen
@@ -115,7 +114,7 @@ def tf_keras(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
     return {"rate": len(paths) / screened(paths, folder / "tf.parquet"), "n": len(paths)}
 
 
-def daft(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
+def daft(archive: Path, folder: Path, run: Path, engine: str) -> dict[str, Any]:
     """One stage that reads, decodes and scores, in one process a core: the fastest way found in Daft."""
     import daft as library
 
@@ -126,7 +125,7 @@ def daft(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
         def __init__(self, model: bytes):
             from malaria_ray.models.engines import open_engine
 
-            self.engine = open_engine("onnx", model, n_threads=1, batch_size=BATCH)
+            self.engine = open_engine(engine, model, n_threads=1, batch_size=BATCH)
 
         @library.method.batch(return_dtype=library.DataType.float32(), batch_size=4 * BATCH)
         def score(self, paths: Any) -> Any:
@@ -153,58 +152,59 @@ def daft(archive: Path, folder: Path, run: Path) -> dict[str, Any]:
     return {"rate": len(paths) / screened(paths, folder / "daft"), "n": len(paths)}
 
 
+ENGINES = {"ncnn": "ncnn", "onnx": "ONNX Runtime alone"}
 WAYS = {
-    "malaria_ray screen": ours,
-    "malaria_ray screen --engine openvino-bf16": partial(ours, engine="openvino-bf16"),
-    "Daft, one stage, the same ONNX Runtime": daft,
+    **{f"malaria_ray screen, {named}": partial(ours, engine=engine) for engine, named in ENGINES.items()},
+    **{f"Daft, one stage, our {named}": partial(daft, engine=engine) for engine, named in ENGINES.items()},
     "tf.data + Keras predict": tf_keras,
     "stock Ray: read_images + Keras actor + write_parquet": stock_ray,
 }
+FIRST = next(iter(WAYS))
 
 
 def main(arguments: list[str] | None = None) -> None:
     from zipfile import ZipFile
 
     flags = material.parser(__doc__).parse_args(arguments)
-    if fault := bf16_fault():
-        print(fault)
-    ways = {name: way for name, way in WAYS.items() if "bf16" not in name or not fault}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in WAYS}
     details: dict[str, Any] = {}
-    ceilings, steady = [], []
+    ceilings: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
+    steady: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     with material.scratch() as folder:
         archive = material.archive_of(flags.archive, flags.n, folder)
         run = flags.run or material.untrained_run(folder / "run")
         with ZipFile(archive) as members:
             members.extractall(folder / "files")
         for _ in range(flags.rounds):
-            ceilings.append(ceiling(archive, run))
-            for name, way in ways.items():
+            for engine, of_engine in ceilings.items():
+                of_engine.append(ceiling(archive, run, engine))
+            for name, way in WAYS.items():
                 details[name] = alone(way, archive, folder, run)
                 rates[name].append(details[name]["rate"])
-            steady.append(details["malaria_ray screen"]["steady"])
-    limit = float(np.mean([found["rate"] for found in ceilings]))
+            for engine, of_engine in steady.items():
+                of_engine.append(details[f"malaria_ray screen, {ENGINES[engine]}"]["steady"])
+    limits = {engine: float(np.mean([one["rate"] for one in found])) for engine, found in ceilings.items()}
     mean = {name: float(np.mean(values)) for name, values in rates.items()}
-    ours_rate = float(np.mean(steady))
-    rows: list[tuple[Any, ...]] = [("ceiling: 1/(1/decode + 1/network)", None, limit, 1.0, None)]
-    rows.append(
-        ("malaria_ray screen, steady state", details["malaria_ray screen"]["n"], ours_rate, ours_rate / limit, None)
-    )
-    rows += [
-        (name, details[name]["n"], rate, rate / limit, mean["malaria_ray screen"] / rate) for name, rate in mean.items()
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for engine, named in ENGINES.items():
+        rate = float(np.mean(steady[engine]))
+        rows.append((f"ceiling: 1/(1/decode + 1/network), {named}", None, limits[engine], 1.0, None))
+        rows.append((f"malaria_ray screen, {named}, steady state", None, rate, rate / limits[engine], None))
+    for name, rate in mean.items():
+        limit = next((limits[engine] for engine, named in ENGINES.items() if name.endswith(named)), None)
+        rows.append((name, details[name]["n"], rate, limit and rate / limit, mean[FIRST] / rate))
     material.report(
         "screening",
         f"Screening to Parquet, the article's cnn, {IMAGE_SIZE} × {IMAGE_SIZE}, {N_PROCESSES} cores",
-        ["way", "images", "images/s", "of the ceiling", "malaria_ray is faster by"],
+        ["way", "images", "images/s", "of its ceiling", f"{FIRST} is faster by"],
         rows,
         flags.out,
         ceilings=ceilings,
         rounds=rates,
         details=details,
     )
-    labels = ["ceiling", "malaria_ray, steady", *mean]
-    values = [limit, ours_rate, *mean.values()]
+    labels = ["ceiling with ncnn", "malaria_ray screen, ncnn, steady", *mean]
+    values = [limits["ncnn"], float(np.mean(steady["ncnn"])), *mean.values()]
     material.bar_plot("screening", "Screening to Parquet", labels, values, "images a second", flags.out)
 
 

@@ -34,7 +34,7 @@ def parts(run: Path) -> dict[str, float]:
         from malaria_ray.models.engines import open_engine
         from malaria_ray.stages import scorers  # noqa: F401 - what the actor imports
 
-        open_engine("onnx", Path(path).read_bytes(), n_threads=1, batch_size=64)
+        open_engine("ncnn", Path(path).read_bytes(), n_threads=1, batch_size=64)
         return time.monotonic() - begun
 
     begun = time.monotonic()

@@ -292,7 +292,7 @@ def test_what_operators_watch_is_at_rays_own_endpoint(line: Line, copy_of, with_
         ({"num_actors": "many"}, "--num-actors many"),
         ({"cpus_per_actor": 0}, "--cpus-per-actor 0"),
         ({"gpus_per_actor": 1.5}, "--gpus-per-actor 1.5: allowed are 0 to 1 and whole numbers"),
-        ({"gpus_per_actor": 1, "engine": "openvino-bf16"}, "--engine openvino-bf16 computes on CPUs"),
+        ({"gpus_per_actor": 1, "engine": "ncnn"}, "--engine ncnn computes on CPUs"),
         ({"retry_quarantined": "all", "overwrite": True}, "--retry-quarantined keeps what --overwrite would delete"),
     ],
 )
