@@ -41,7 +41,10 @@ def bare(archive: Path, folder: Path) -> dict[str, Any]:
 
 
 def ours(archive: Path, folder: Path) -> dict[str, Any]:
-    """The reading half of `screen`: a listing in blocks, each read, checked, hashed, decoded and resized by a task."""
+    """The reading half of `screen`: a listing in blocks, each read, checked, hashed, decoded and resized by a task, in
+    pieces as for the network.
+    """
+    import pyarrow as pa
     import ray
 
     from malaria_ray.archives import open_archive
@@ -49,13 +52,27 @@ def ours(archive: Path, folder: Path) -> dict[str, Any]:
     from malaria_ray.runtime import storage
     from malaria_ray.runtime.session import ray_session
     from malaria_ray.stages import ledger
-    from malaria_ray.stages.scorers import decode_block
+    from malaria_ray.stages.scorers import ScoringPlan, decode_block
 
     def read_only(block: Any) -> Any:
         begun = time.time()
-        rows = decode_block(block, image_size=IMAGE_SIZE)
-        return rows.select(["status"]).append_column("at", [[(begun, time.time())] * rows.num_rows])
+        statuses = [piece["status"] for piece in decode_block(block, plan=plan)]
+        status = pa.chunked_array([chunk for column in statuses for chunk in column.chunks])
+        return pa.table({"status": status, "at": [(begun, time.time())] * len(status)})
 
+    plan = ScoringPlan(
+        model_file="",
+        engine="onnx",
+        image_size=IMAGE_SIZE,
+        batch_size=64,
+        n_threads=1,
+        use_gpu=False,
+        threshold=0.5,
+        temperature=1,
+        novelty_file="",
+        model="",
+        run_id="",
+    )
     listing = list_archive(open_archive(str(archive)))
     with ray_session():
         for rows_used in (listing.slice(0, 100), listing):

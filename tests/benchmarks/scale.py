@@ -44,7 +44,7 @@ class Costs:
 
 MEASURED = Costs(
     decode=2_290,
-    score={"cnn": 253, "vgg19-finetuned": 8},
+    score={"cnn": 332, "vgg19-finetuned": 16},
     efficiency=0.92,
     listing=98_765,
     publish=181_818,
@@ -53,7 +53,7 @@ MEASURED = Costs(
     image_bytes=13_000,
     source={
         "decode": "OpenCV, decode and resize to 125 × 125, one of two processes (tests.benchmarks, 2026-11-25)",
-        "score": "ONNX Runtime, float32, one of two processes (tests.benchmarks; VGG-19 as screened, 2026-11-25)",
+        "score": "ncnn, float32, one of two processes (tests.benchmarks; VGG-19 as screened, 2026-11-28)",
         "efficiency": "a screening in steady state against two bare processes (tests.benchmarks.screening, 2026-11-25)",
         "listing": "100,000 empty files of a zip against 20,000 (scale measure, 2026-11-25)",
         "publish": "100,000 empty files against 20,000 (scale measure, 2026-11-25)",
