@@ -104,8 +104,8 @@ class OnnxEngine(Engine):
 
 
 class NcnnEngine(Engine):
-    """The convolutions by ncnn, image by image, the rest by ONNX Runtime: twice as fast on CPUs as that alone, in less
-    memory. Computes in float32. Raises: `ModelError` where the two disagree on this machine.
+    """The convolutions by ncnn, image by image, the rest by ONNX Runtime: on CPUs 1.5 (cnn) to 2 times (VGG-19) as fast
+    as that alone, in no more memory. Computes in float32. Raises: `ModelError` where the two disagree on this machine.
     """
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
@@ -138,7 +138,7 @@ class NcnnEngine(Engine):
         fault, found = extractor.extract(self._end)
         if fault:
             raise ModelError(f"ncnn could not compute the convolutions (its error {fault}): memory may have run out")
-        return np.array(found)
+        return np.asarray(found)
 
     def _check(self, whole: OnnxEngine) -> None:
         shape = (_N_CHECKED, *whole._session.get_inputs()[0].shape[1:])
