@@ -103,7 +103,8 @@ class Scorer:
         self._metrics = _Metrics(plan)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        pieces = [_unpacked(block, self.plan)] if "image" in block.column_names else _pieces(block, self.plan)
+        is_decoded, plan = "image" in block.column_names, self.plan
+        pieces = [_unpacked(block, plan)] if is_decoded else _pieces(block, plan.image_size, plan.batch_size)
         return pa.concat_tables([self._score(piece) for piece in pieces])
 
     def _score(self, piece: Piece) -> pa.Table:
@@ -129,11 +130,11 @@ class Scorer:
         return rows
 
 
-def decode_block(block: pa.Table, *, plan: ScoringPlan) -> Iterator[pa.Table]:
+def decode_block(block: pa.Table, *, image_size: int, batch_size: int) -> Iterator[pa.Table]:
     """A block of the listing piece by piece, with its pixels in a last column `image` (black where the status is not
     `ok`).
     """
-    for piece in _pieces(block, plan):
+    for piece in _pieces(block, image_size, batch_size):
         is_ok = pc.equal(piece.rows["status"], OK).to_numpy()
         pixels = piece.pixels
         if not is_ok.all():
@@ -148,22 +149,22 @@ def _unpacked(block: pa.Table, plan: ScoringPlan) -> Piece:
     return Piece(block.drop_columns(["image"]), pixels if is_ok.all() else pixels[is_ok])
 
 
-def _pieces(block: pa.Table, plan: ScoringPlan) -> Iterator[Piece]:
+def _pieces(block: pa.Table, image_size: int, batch_size: int) -> Iterator[Piece]:
     """The block decoded piece by piece. Behind a network the next one is read while this one is scored; on a local
     disk that would only make two threads fight over one core.
     """
-    n_rows = min(_PIECE_ROWS, _PIECE_BYTES // (plan.image_size**2 * 3))
-    n_rows = max(1, n_rows // plan.batch_size) * plan.batch_size  # whole batches: a padded one costs as much
+    n_rows = min(_PIECE_ROWS, _PIECE_BYTES // (image_size**2 * 3))
+    n_rows = max(1, n_rows // batch_size) * batch_size  # whole batches: a padded one costs as much
     listings = list(shards(block, n_rows))
     if storage.is_local(storage.locate(block["container"][0].as_py())):
         for listing in listings:
-            yield _read(listing, plan.image_size)
+            yield _read(listing, image_size)
         return
     with ThreadPoolExecutor(1) as ahead:
-        reading = ahead.submit(_read, listings[0], plan.image_size)
+        reading = ahead.submit(_read, listings[0], image_size)
         for listing in listings[1:]:
             piece = reading.result()
-            reading = ahead.submit(_read, listing, plan.image_size)
+            reading = ahead.submit(_read, listing, image_size)
             yield piece
         yield reading.result()
 

@@ -346,7 +346,8 @@ def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Con
         source = ledger.BlockSource(blocks)
         if plan.use_gpu:
             dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), num_cpus=1)
-            dataset = dataset.map_batches(decode_block, fn_kwargs={"plan": plan}, num_cpus=1, **as_tables)
+            sizes = {"image_size": plan.image_size, "batch_size": plan.batch_size}
+            dataset = dataset.map_batches(decode_block, fn_kwargs=sizes, num_cpus=1, **as_tables)
             actors |= {"num_cpus": _TASK_CPUS, "num_gpus": config.gpus_per_actor, "batch_size": rows}
         else:  # the same resources as the actors': Ray then makes one operator of reading and scoring
             dataset = ray.data.read_datasource(source, override_num_blocks=len(blocks), num_cpus=actors["num_cpus"])

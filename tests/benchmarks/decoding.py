@@ -52,27 +52,14 @@ def ours(archive: Path, folder: Path) -> dict[str, Any]:
     from malaria_ray.runtime import storage
     from malaria_ray.runtime.session import ray_session
     from malaria_ray.stages import ledger
-    from malaria_ray.stages.scorers import ScoringPlan, decode_block
+    from malaria_ray.stages.scorers import decode_block
 
     def read_only(block: Any) -> Any:
         begun = time.time()
-        statuses = [piece["status"] for piece in decode_block(block, plan=plan)]
+        statuses = [piece["status"] for piece in decode_block(block, image_size=IMAGE_SIZE, batch_size=BATCH)]
         status = pa.chunked_array([chunk for column in statuses for chunk in column.chunks])
         return pa.table({"status": status, "at": [(begun, time.time())] * len(status)})
 
-    plan = ScoringPlan(
-        model_file="",
-        engine="onnx",
-        image_size=IMAGE_SIZE,
-        batch_size=64,
-        n_threads=1,
-        use_gpu=False,
-        threshold=0.5,
-        temperature=1,
-        novelty_file="",
-        model="",
-        run_id="",
-    )
     listing = list_archive(open_archive(str(archive)))
     with ray_session():
         for rows_used in (listing.slice(0, 100), listing):
