@@ -44,7 +44,7 @@ class Costs:
 
 MEASURED = Costs(
     decode=2_290,
-    score={"cnn": 332, "vgg19-finetuned": 16},
+    score={"cnn": 398, "vgg19-finetuned": 16},
     efficiency=0.92,
     listing=98_765,
     publish=181_818,
@@ -54,7 +54,7 @@ MEASURED = Costs(
     source={
         "decode": "OpenCV, decode and resize to 125 × 125, one of two processes (tests.benchmarks, 2026-11-25)",
         "score": "ncnn, float32, one of two processes (tests.benchmarks; VGG-19 as screened, 2026-11-28)",
-        "efficiency": "a screening in steady state against two bare processes (tests.benchmarks.screening, 2026-11-25)",
+        "efficiency": "a screening in steady state against two bare processes (tests.benchmarks.screening, 2026-11-28)",
         "listing": "100,000 empty files of a zip against 20,000 (scale measure, 2026-11-25)",
         "publish": "100,000 empty files against 20,000 (scale measure, 2026-11-25)",
         "dispatch": "?? assumed; 3.9 were reached by two actors that did the work too",
