@@ -24,6 +24,9 @@ from malaria_ray.schema import LISTING
 log = logging.getLogger("malaria_ray")
 
 _BATCH_ROWS = 100_000  # at a time, where columns are computed
+_SCHEMA = LISTING.arrow_schema().set(
+    LISTING.names.index("container"), pa.field("container", pa.dictionary(pa.int32(), pa.string()))
+)
 _KEPT = "listing.json"
 
 
@@ -33,7 +36,8 @@ def list_archive(
     patients: Mapping[str, str] | None = None,
     pattern: re.Pattern[str] | None = None,
 ) -> pa.Table:
-    """All files of an archive as a `schema.LISTING` table, ordered by place; `key` is the row number.
+    """All files of an archive as a `schema.LISTING` table, ordered by place; `key` is the row number. Its `container`
+    is a dictionary, so that a signed URL of 1,500 letters is held once and not a million times.
 
     A patient is what `patients` (file names → patients) says, else what `pattern` finds in the path, else what the
     archive itself holds beside the image, else the rule for names (`cells.patients.patient_of`). A label is what the
@@ -150,7 +154,7 @@ def _complete(
     """Adds the columns that the kind of archive does not know."""
     image_ids = places["image_id"].combine_chunks()
     columns = {}
-    for column in LISTING.columns:
+    for column in _SCHEMA:
         given = places[column.name].cast(column.type) if column.name in places.column_names else None
         if given is not None and (is_certain or column.name not in ("label", "patient_id")):
             columns[column.name] = given
@@ -164,7 +168,7 @@ def _complete(
             columns["patient_id"] = pc.coalesce(*candidates)
         else:
             columns[column.name] = pa.nulls(len(image_ids), column.type)
-    return pa.table(columns, schema=LISTING.arrow_schema())
+    return pa.table(columns, schema=_SCHEMA)
 
 
 def _labels(image_ids: pa.Array, given: pa.ChunkedArray | None) -> pa.Array | pa.ChunkedArray:
@@ -200,14 +204,17 @@ def _check_named(listing: pa.Table, names: pa.Array, url: str) -> None:
 
 def _order(listing: pa.Table) -> pa.Array | None:
     """The rows by container, offset and name, so that neighbours are read by one request; None where they are so."""
-    columns = ["container", "offset", "image_id"]
-    if pc.all(pc.equal(listing["container"], listing["container"][0])).as_py():
-        columns.remove("container")
+    keys = listing.select(["offset", "image_id"])
+    containers = pc.unique(listing["container"]).dictionary_decode()
+    if len(containers) > 1:  # by their ranks: Arrow does not sort dictionaries
+        coded = listing.select(["container"]).unify_dictionaries()["container"]
+        ranks = pc.rank(coded.chunk(0).dictionary)
+        keys = keys.add_column(0, "container", pa.chunked_array([ranks.take(chunk.indices) for chunk in coded.chunks]))
     if listing["offset"].null_count == listing.num_rows:
-        columns.remove("offset")
-    elif columns[0] == "offset" and _is_increasing(listing["offset"]):
+        keys = keys.drop_columns(["offset"])
+    elif len(containers) == 1 and _is_increasing(listing["offset"]):
         return None
-    return pc.sort_indices(listing.select(columns), [(name, "ascending") for name in columns])
+    return pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names])
 
 
 def _is_increasing(column: pa.ChunkedArray) -> bool:

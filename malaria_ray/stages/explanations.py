@@ -76,7 +76,7 @@ def overlays_for(results: UPath, image_ids: Sequence[str], *, model: str | None 
 
 
 def _explained(cells: pa.Table, listing: pa.Table, file: str, image_size: int) -> Explained:
-    listing = listing.sort_by([("container", "ascending"), ("offset", "ascending"), ("image_id", "ascending")])
+    listing = listing.sort_by([("offset", "ascending"), ("image_id", "ascending")])
     pixels = {}
     for container in pc.unique(listing["container"]).to_pylist():
         try:

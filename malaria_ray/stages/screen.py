@@ -37,7 +37,7 @@ from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
-from malaria_ray.schema import OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
+from malaria_ray.schema import LISTING, OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
 from malaria_ray.stages import ledger
 from malaria_ray.stages.scorers import Scorer, ScoringPlan, decode_block
 from malaria_ray.statistics.validation import Validation
@@ -288,12 +288,10 @@ def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"])
 
 def _without_secrets(listing: pa.Table) -> pa.Table:
     """The listing as others may read it: a signed URL opens the archive to whoever knows it."""
-    known = pc.unique(listing["container"])
-    told = [without_secrets(container) for container in known.to_pylist()]
-    if told == known.to_pylist():
-        return listing
-    column = pc.take(pa.array(told), pc.index_in(listing["container"], value_set=known))
-    return listing.set_column(listing.schema.get_field_index("container"), "container", column)
+    encoded = listing["container"].chunks
+    told = [pa.array([without_secrets(url) for url in chunk.dictionary.to_pylist()], pa.string()) for chunk in encoded]
+    column = pa.chunked_array([urls.take(chunk.indices) for urls, chunk in zip(told, encoded, strict=True)])
+    return listing.set_column(LISTING.names.index("container"), LISTING.arrow_schema().field("container"), column)
 
 
 def _pool(config: Config) -> tuple[int, int]:

@@ -51,7 +51,9 @@ NAMES = ["Parasitized/C51AP12thinF_1.png", "Uninfected/C1_thinF_1.png", "Uninfec
 
 def test_every_column_of_the_contract_is_there_in_its_type() -> None:
     listing = list_archive(Listed([[place(name) for name in NAMES]]))
-    assert listing.schema.equals(LISTING.arrow_schema(), check_metadata=False)
+    expected = LISTING.arrow_schema()
+    encoded = pa.field("container", pa.dictionary(pa.int32(), pa.string()))
+    assert listing.schema.equals(expected.set(expected.get_field_index("container"), encoded), check_metadata=False)
     assert listing.schema.metadata[b"malaria_ray.table"] == b"listing"
     assert listing["key"].to_pylist() == list(range(5))
     assert listing["crc32"].null_count == 5  # this kind knows none
@@ -67,6 +69,22 @@ def test_labels_come_from_folders_and_patients_from_names() -> None:
         "a.png": (None, None),
         "b.png": (None, None),
     }
+
+
+def test_rows_are_ordered_by_container_whatever_order_they_were_found_in() -> None:
+    places = [("b", 7), ("b", 3), ("c", 7), ("c", 3), ("a", 7), ("a", 3), ("a", 5)]
+    tables = [[{**place(f"{where}{at}", offset=at), "container": f"s3://b/{where}"}] for where, at in places]
+    listing = list_archive(Listed(tables))
+    assert listing["image_id"].to_pylist() == ["a3", "a5", "a7", "b3", "b7", "c3", "c7"]
+    assert listing["container"].to_pylist() == [f"s3://b/{where}" for where in "aaabbcc"]
+
+
+def test_a_long_signed_address_is_held_once_and_not_in_every_row() -> None:
+    address = "https://store/cells.zip?X-Amz-Security-Token=" + "x" * 1500
+    rows = [{**place(f"{i:06d}.png", offset=i), "container": address} for i in range(20_000)]
+    listing = list_archive(Listed([rows[:10_000], rows[10_000:]]))
+    assert listing["container"].to_pylist() == [address] * 20_000
+    assert listing["container"].nbytes < 20_000 * 8
 
 
 @pytest.mark.parametrize(
