@@ -1,7 +1,8 @@
 """The protocol of output directories: what stage made them, from what, and whether they are finished.
 
     claim(…)     may the directory be written? Then the stage looks at its inputs, which may refuse the work too
-    .begin()     writes config.json: stage, what decides the result (`identity`), the whole config, provenance
+    .begin()     takes it from other writers until `one_writer` ends (lease.py) and writes config.json: stage, what
+                 decides the result (`identity`), the whole config, provenance
     …            the stage writes its files; what only it needs goes to _work/
     finish(…)    removes _work/ and writes _SUCCESS.json last: counts, the record of every file, timings
 
@@ -13,7 +14,10 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +25,7 @@ import pyarrow as pa
 from upath import UPath
 
 from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import lease, storage
 from malaria_ray.runtime.provenance import provenance
 from malaria_ray.runtime.redaction import without_secrets_in
 from malaria_ray.runtime.storage import FileRecord
@@ -51,13 +55,43 @@ class Claim:
     is_written: bool
 
     def begin(self) -> None:
-        """Deletes what `--overwrite` deletes, makes unfinished what goes on, and writes the config."""
+        """Deletes what `--overwrite` deletes, makes unfinished what goes on, and writes the config.
+
+        Raises: `DirectoryError` where another process writes the directory.
+        """
+        lease.check_free(self.path)
         if self.is_emptied:
             _empty(self.path, self.stage)
         if self.is_reopened:
             storage.remove(self.path / SUCCESS)  # before the config: no kill leaves it finished with the new one
         if self.is_written:
             _write_config(self.path, self.stage, self.config, self.identity)
+        _hold(self.path)
+
+
+_holds: ContextVar[ExitStack] = ContextVar("holds")
+
+
+@contextmanager
+def one_writer() -> Iterator[None]:
+    """Around a stage's `run`: the directory that it begins to write is no other process's until it ends, however."""
+    with ExitStack() as stack:
+        token = _holds.set(stack)
+        try:
+            yield
+        finally:
+            _holds.reset(token)
+
+
+def reopen(path: UPath) -> None:
+    """Takes a finished directory, to make it unfinished. Raises: as `Claim.begin`."""
+    lease.check_free(path)
+    _hold(path)
+
+
+def _hold(path: UPath) -> None:
+    if (stack := _holds.get(None)) is not None:
+        stack.enter_context(lease.held(path))
 
 
 def claim(
@@ -172,6 +206,13 @@ def read_config(path: UPath, stage: str) -> dict[str, Any]:
     return found
 
 
+def work_of(path: UPath, stage: str) -> UPath:
+    """The work folder of a directory since it was begun: after `--overwrite` another, into which no worker writes that
+    a cut-off node still runs for what was there before.
+    """
+    return path / WORK / str((_read_config(path, stage) or {}).get("begun", ""))
+
+
 def stage_of(path: UPath) -> str | None:
     """The stage that made a directory; None where none did: a config.json may be anybody's.
 
@@ -201,7 +242,8 @@ def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
 
 
 def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]) -> None:
-    content = {"stage": stage, "created_at": _now(), "identity": identity, "config": asdict(config)}
+    begun = {"stage": stage, "begun": secrets.token_hex(4), "created_at": _now()}
+    content = {**begun, "identity": identity, "config": asdict(config)}
     storage.write_json(path / _CONFIG_FILE[stage], without_secrets_in({**content, "provenance": provenance()}))
 
 

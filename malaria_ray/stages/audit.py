@@ -58,6 +58,7 @@ class Config:
             raise ConfigError("give one or several results directories, then the directory to write the audit to")
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Writes label_audit/ and audit_metrics/ and prints them in short; does nothing where that is done.
 

@@ -74,6 +74,7 @@ class Config:
         check_seed(self.seed)
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Makes the dataset; does nothing where it is finished; goes on where an earlier run of the same config stopped."""
     begun = time.monotonic()

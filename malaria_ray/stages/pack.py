@@ -67,6 +67,7 @@ class Config:
             raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Packs; does nothing where it is finished; goes on where an earlier run of the same config stopped, and tries the
     files again that could not be read then.

@@ -142,6 +142,7 @@ class Config:
         return int(found[1]), int(found[2] or found[1])
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Makes the results; does nothing where they are finished; goes on where an earlier run of the same config
     stopped.
@@ -217,9 +218,11 @@ def run(config: Config) -> None:
         pool = _pool(config)
         if claim is not None:  # all that could refuse the work has had its say
             claim.begin()
+        else:
+            outputs.reopen(results)
         if retried:
             _reopen(results, retried, listing, is_finished=claim is None)
-        check_same_listing(results / outputs.WORK, listing)
+        check_same_listing(outputs.work_of(results, "screen"), listing)
         files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
         n_scored = _score_all(listing, results, plan, config, pool)
         n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
@@ -320,7 +323,7 @@ def _room(config: Config) -> int:
 
 def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Config, pool: tuple[int, int]) -> int:
     """Scores what no earlier run finished, and leaves the rows in the work folder; returns how many were scored now."""
-    work = results / outputs.WORK
+    work = outputs.work_of(results, "screen")
     done = ledger.keys_done(work)
     if len(done):
         log.info("%s of %s images were scored before", f"{len(done):,}", f"{listing.num_rows:,}")
@@ -410,7 +413,7 @@ def _scored_rows(results: UPath, n_files: int) -> Iterator[duckdb.DuckDBPyConnec
 
     Raises: `InvariantError` unless they are the listing's, each exactly once.
     """
-    files = ledger.committed_files(results / outputs.WORK)
+    files = ledger.committed_files(outputs.work_of(results, "screen"))
     tables: Iterator[pa.Table] = ledger.read_files([files[name] for name in sorted(files)])
     batches = (batch for table in tables for batch in table.select(SCORED.names).cast(SCORED).to_batches())
     with tempfile.TemporaryDirectory(prefix="malaria_ray-") as folder, duckdb.connect(f"{folder}/scored.db") as rows:
@@ -493,7 +496,7 @@ def _to_retry(
     if is_finished:
         found = storage.read_table(results / "quarantine", ["image_id", "reason"])
     else:
-        files = ledger.committed_files(results / outputs.WORK).values()
+        files = ledger.committed_files(outputs.work_of(results, "screen")).values()
         tables = ledger.read_files(files, ["image_id", "status"])
         bad = [rows.filter(pc.not_equal(rows["status"], OK)).rename_columns(["image_id", "reason"]) for rows in tables]
         if not bad:
@@ -514,7 +517,7 @@ def _reopen(results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_f
     results are as they were; after it, the same command, or one without the flag, finishes them.
     Raises: `ArchiveError` where other files have changed too; the results are then as they were.
     """
-    work, was = results / outputs.WORK, storage.read_table(results / "listing.parquet")
+    work, was = outputs.work_of(results, "screen"), storage.read_table(results / "listing.parquet")
     if not is_finished:
         try_again(work, retried, was=was, now=listing)
         ledger.forget(work, retried.combine_chunks())

@@ -147,6 +147,7 @@ class Config:
         return least, most
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Makes the run; does nothing where it is finished; goes on from the last checkpoint where an earlier run
     stopped.

@@ -25,7 +25,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.stages import ledger
 from tests.benchmarks import material
 
@@ -70,7 +70,7 @@ class Torture:
         if (results / "_SUCCESS.json").exists():
             return self.n
         try:
-            committed = ledger.committed_files(storage.locate(str(results / "_work")))
+            committed = ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen"))
             return sum(pq.read_metadata(file.path).num_rows for file in committed.values())
         except OSError:
             return self.n  # published just now

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def n_parts(results: Path) -> int:
-    return len(list((results / "_work/scored").glob("*.parquet")))
+    return len(list(results.glob("_work/*/scored/*.parquet")))
 
 
 def check_results(cluster: Bed, results: Path, n: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 from upath import UPath
 
 from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError
-from malaria_ray.runtime import outputs, storage
+from malaria_ray.runtime import lease, outputs, storage
 from malaria_ray.schema import PREDICTIONS
 
 
@@ -300,3 +300,39 @@ def test_a_name_that_is_a_pattern_is_refused_where_clients_take_it_for_one(s3: A
     prepare(on_disk)
     finish(on_disk)
     assert tree(on_disk) == ["_SUCCESS.json", "config.json"]
+
+
+def test_a_directory_that_another_process_writes_is_not_touched(path: UPath) -> None:
+    prepare(path)
+    storage.write_bytes(path / "_work" / "part", b"x")
+    with lease.held(path):
+        before = tree(path)
+        for flags in ({}, {"overwrite": True}, {"overwrite": True, "image_size": 64}):
+            with pytest.raises(DirectoryError, match="is being written by process"):
+                prepare(path, **flags)
+        with pytest.raises(DirectoryError, match="is being written by process"):
+            outputs.reopen(path)
+        assert tree(path) == before
+    assert prepare(path) is True
+
+
+def test_a_stage_holds_its_directory_to_its_end_and_not_beyond(on_disk: UPath) -> None:
+    @outputs.one_writer()
+    def run() -> None:
+        prepare(on_disk)
+        assert (on_disk / lease.FILE).exists()
+        finish(on_disk)
+
+    run()
+    assert tree(on_disk) == ["_SUCCESS.json", "config.json"]
+
+
+def test_after_overwrite_what_an_earlier_worker_still_writes_is_nobodys(on_disk: UPath) -> None:
+    prepare(on_disk)
+    before = outputs.work_of(on_disk, "ingest")
+    prepare(on_disk)
+    assert outputs.work_of(on_disk, "ingest") == before, "a resumption goes on with it"
+    prepare(on_disk, overwrite=True)
+    after = outputs.work_of(on_disk, "ingest")
+    assert before != after
+    assert before.parent == after.parent == on_disk / outputs.WORK

@@ -12,7 +12,7 @@ from stages.conftest import IMAGE_SIZE, Line, content, write_archive
 from stages.killing import run_and_kill
 
 from malaria_ray.errors import ConfigError, DirectoryError, ModelError, NotCompleteError, TooManyBadImagesError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import PREDICTIONS, QualityFlag
 from malaria_ray.stages import ingest, ledger, screen, verify
 from malaria_ray.statistics.calibration import calibrate
@@ -115,8 +115,8 @@ def test_a_second_run_changes_nothing_and_says_so(line: Line, copy_of, caplog: p
 def test_killed_in_the_middle_and_run_again_every_image_stands_once(line: Line, tmp_path: Path):
     archive = write_archive(tmp_path / "cells.zip", n_patients=40, n_cells_per_patient=60)
     arguments = ["screen", str(archive), str(tmp_path / "killed"), "--model", str(line.run)]
-    run_and_kill(arguments, when=tmp_path / "killed/_work/checkpoint/*[0-9].parquet")
-    n_before = len(ledger.keys_done(storage.locate(str(tmp_path / "killed/_work"))))
+    run_and_kill(arguments, when=tmp_path / "killed/_work/*/checkpoint/*[0-9].parquet")
+    n_before = len(ledger.keys_done(outputs.work_of(storage.locate(str(tmp_path / "killed")), "screen")))
     assert 0 < n_before < 2400
     killed = screen_of(archive, tmp_path / "killed", line.run)
     timings = storage.read_json(storage.locate(str(tmp_path / "killed/_SUCCESS.json")))["timings"]
@@ -130,9 +130,9 @@ def test_rows_that_a_dying_run_scored_a_second_time_stand_once(line: Line, tmp_p
     results = tmp_path / "results"
     run_and_kill(
         ["screen", str(line.archive), str(results), "--model", str(line.run)],
-        when=results / "_work/checkpoint/*[0-9].parquet",
+        when=results / "_work/*/checkpoint/*[0-9].parquet",
     )
-    work = storage.locate(str(results / "_work"))
+    work = outputs.work_of(storage.locate(str(results)), "screen")
     [rows, *_] = ledger.read_files(ledger.committed_files(work).values())
     ledger.reopen(work, rows, "again")
     twice = screen_of(line.archive, results, line.run)

@@ -25,7 +25,7 @@ from stages.killing import run_and_kill
 from stages.test_screen import predictions_of, screen_of
 
 from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.stages import ledger, report, screen, verify
 
 
@@ -52,7 +52,7 @@ def test_an_actor_killed_in_mid_run_costs_no_image(line: Line, many: Path, undis
     results, killed = tmp_path / "results", []
 
     def kill_one() -> None:
-        while not ledger.committed_files(storage.locate(str(results / "_work"))):
+        while not ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen")):
             time.sleep(0.02)
         victim = scorers()[0]
         killed.append(victim.pid)
@@ -84,7 +84,7 @@ def test_a_full_disk_stops_in_one_line_and_with_more_room_it_goes_on(
 ):
     with pytest.raises(Exception, match="No space left on device"):
         screen_of(many, small_disk / "results", line.run)
-    n_done = len(ledger.keys_done(storage.locate(str(small_disk / "results/_work"))))
+    n_done = len(ledger.keys_done(outputs.work_of(storage.locate(str(small_disk / "results")), "screen")))
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     pd.testing.assert_frame_equal(screen_of(many, small_disk / "results", line.run), undisturbed)
     timings = storage.read_json(storage.locate(str(small_disk / "results/_SUCCESS.json")))["timings"]
@@ -117,8 +117,9 @@ def test_an_object_store_that_goes_away_stops_in_one_line_and_when_it_is_back_it
         )
 
     def n_notes() -> int:
-        found = client.list_objects_v2(Bucket="failing", Prefix="results/_work/checkpoint/").get("Contents", [])
-        return sum(not item["Key"].endswith(".pending.parquet") for item in found)
+        found = client.list_objects_v2(Bucket="failing", Prefix="results/_work/").get("Contents", [])
+        notes = [item["Key"] for item in found if "/checkpoint/" in item["Key"]]
+        return sum(not note.endswith(".pending.parquet") for note in notes)
 
     first = start()
     while not n_notes():
@@ -149,12 +150,12 @@ def test_rows_whose_note_was_committed_are_kept_where_the_pending_one_is_still_t
     results = tmp_path / "results"
     run_and_kill(
         ["screen", str(many), str(results), "--model", str(line.run)],
-        when=results / "_work/checkpoint/*[0-9].parquet",
+        when=results / "_work/*/checkpoint/*[0-9].parquet",
     )
-    work = storage.locate(str(results / "_work"))
+    work = outputs.work_of(storage.locate(str(results)), "screen")
     done = ledger.keys_done(work)
     for name in ledger.committed_files(work):
-        note = results / "_work/checkpoint" / f"{name}.parquet"
+        note = work.joinpath("checkpoint", f"{name}.parquet")
         shutil.copy(note, note.with_name(f"{name}.pending.parquet"))
     pd.testing.assert_frame_equal(screen_of(many, results, line.run), undisturbed)
     timings = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))["timings"]

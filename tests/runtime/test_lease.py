@@ -1,0 +1,162 @@
+"""One writer of a directory at a time: real processes that live, are killed, are somewhere else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+from malaria_ray.errors import DirectoryError
+from malaria_ray.runtime import lease, storage
+
+HOLD = """
+import sys, time
+from malaria_ray.runtime import lease, storage
+lease.BEAT_S = 0.5
+with lease.held(storage.locate(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> UPath:
+    return storage.locate(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def writer(folder: UPath) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.2)
+    monkeypatch.setattr(lease, "_WATCH_S", 3.0)
+
+
+def elsewhere(folder: UPath, **facts: object) -> None:
+    """As if the writer's file had been written by a process of another machine."""
+    found = storage.read_json(folder / lease.FILE)
+    storage.write_json(folder / lease.FILE, {**found, "host": "other", "kernel": "another", **facts})
+
+
+def test_a_directory_is_free_until_and_after_somebody_writes_it(folder: UPath):
+    lease.check_free(folder)
+    with lease.held(folder):
+        assert (folder / lease.FILE).exists()
+        with pytest.raises(DirectoryError, match=rf"is being written by process {os.getpid()} on .*; wait until that"):
+            lease.check_free(folder)
+    assert not (folder / lease.FILE).exists()
+    lease.check_free(folder)
+
+
+def test_the_directory_is_free_again_where_the_work_failed(folder: UPath):
+    with pytest.raises(ZeroDivisionError), lease.held(folder):
+        raise ZeroDivisionError
+    assert not (folder / lease.FILE).exists()
+
+
+def test_a_process_that_lives_keeps_others_out_also_while_it_is_stopped(folder: UPath, writer: subprocess.Popen[str]):
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        writer.send_signal(number)
+        with pytest.raises(DirectoryError, match=f"process {writer.pid} on"):
+            lease.check_free(folder)
+
+
+@pytest.mark.parametrize("is_reaped", [True, False])
+def test_a_killed_process_keeps_nobody_out(folder: UPath, writer: subprocess.Popen[str], is_reaped: bool):
+    writer.kill()
+    if is_reaped:
+        writer.wait()
+    else:
+        while "\nState:\tZ" not in Path(f"/proc/{writer.pid}/status").read_text():
+            time.sleep(0.01)
+    begun = time.monotonic()
+    lease.check_free(folder)
+    assert time.monotonic() - begun < lease.BEAT_S / 2, "known at once, not watched for"
+
+
+def test_another_process_under_a_killed_ones_number_is_not_taken_for_it(folder: UPath, writer: subprocess.Popen[str]):
+    storage.write_json(folder / lease.FILE, {**storage.read_json(folder / lease.FILE), "begun": "1"})
+    lease.check_free(folder)
+
+
+def test_a_writer_on_another_machine_is_watched_for_and_refused_by_its_next_sign(
+    folder: UPath, writer: subprocess.Popen[str], quick: None, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(lease, "_kernel", lambda: None)  # as where no system tells
+    with pytest.raises(DirectoryError, match=f"process {writer.pid} on"):
+        lease.check_free(folder)
+    assert "waiting 3 s for a sign of it" in caplog.text
+
+
+def test_a_writer_on_another_machine_that_gives_no_sign_is_taken_for_dead(
+    folder: UPath, writer: subprocess.Popen[str], quick: None
+):
+    writer.kill()
+    elsewhere(folder, beat=7)
+    begun = time.monotonic()
+    lease.check_free(folder)
+    assert time.monotonic() - begun >= 3
+
+
+def taken_while_held(folder: UPath, *, becomes: type[BaseException]) -> None:
+    with lease.held(folder):
+        elsewhere(folder, writer="another", pid=7)
+        try:
+            time.sleep(30)
+        except InterruptedError as error:
+            raise becomes from error
+
+
+@pytest.mark.parametrize("becomes", [InterruptedError, RuntimeError])
+def test_a_writer_whose_directory_another_took_stops_and_leaves_it_to_him(
+    folder: UPath, quick: None, becomes: type[BaseException]
+):
+    with pytest.raises(DirectoryError, match="written by process 7 on other, which goes on; this one stops"):
+        taken_while_held(folder, becomes=becomes)
+    assert storage.read_json(folder / lease.FILE)["pid"] == 7
+
+
+def test_a_deleted_directory_is_not_made_again_by_a_sign_of_life(folder: UPath, quick: None):
+    with lease.held(folder):
+        storage.remove(folder)
+        time.sleep(1.5)
+        assert not folder.exists()
+
+
+def test_storage_that_fails_for_a_while_ends_nothing(folder: UPath, quick: None, monkeypatch: pytest.MonkeyPatch):
+    with lease.held(folder):
+        with monkeypatch.context() as patched:
+            patched.setattr(storage, "read_json", lambda path: (_ for _ in ()).throw(OSError("503")))
+            time.sleep(1.5)
+        before = json.loads((folder / lease.FILE).read_bytes())["beat"]
+        time.sleep(0.5)
+        assert json.loads((folder / lease.FILE).read_bytes())["beat"] > before
+
+
+def test_it_is_the_same_on_an_object_store(s3, quick: None):
+    folder = storage.locate("s3://cells-bucket/held")
+    with lease.held(folder):
+        time.sleep(1.5)
+        assert storage.read_json(folder / lease.FILE)["beat"] >= 1
+        with pytest.raises(DirectoryError, match="is being written by"):
+            lease.check_free(folder)
+    assert not (folder / lease.FILE).exists()
