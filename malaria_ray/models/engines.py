@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import platform
 import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from upath import UPath
 
-from malaria_ray.cells.images import Pixels
+from malaria_ray.cells.images import Pixels, resize
+from malaria_ray.cells.synthetic import synthetic_cell
 from malaria_ray.errors import ModelError
 from malaria_ray.models.trunk import cut
+from malaria_ray.runtime import storage
+from malaria_ray.schema import Label
+
+log = logging.getLogger("malaria_ray")
 
 EngineName = Literal["ncnn", "onnx", "keras"]
 MODEL_FILE: dict[EngineName, str] = {"ncnn": "model.onnx", "onnx": "model.onnx", "keras": "model.keras"}
 MAX_DIFFERENCE = 1e-4
 """How far the scores of a network's two files, or of two engines in float32, may lie apart; 2e-6 is what was seen."""
 
-_N_CHECKED = 2
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 Scores = npt.NDArray[np.float32]
@@ -29,8 +35,9 @@ Features = npt.NDArray[np.float32]
 
 
 class Engine(ABC):
-    """A network that takes `_batch_size` images at a time."""
+    """A network that takes `_batch_size` images at a time; `name` is what computes it."""
 
+    name: ClassVar[EngineName]
     _batch_size: int
 
     @abstractmethod
@@ -53,18 +60,30 @@ class Engine(ABC):
 
 def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: int, use_gpu: bool = False) -> Engine:
     """The engine `name` on the content of its model file; it computes with `n_threads` threads, `batch_size` images
-    at a time, on the GPU that this process sees where `use_gpu` is set and the library can.
+    at a time, on the GPU that this process sees where `use_gpu` is set and the library can. ONNX Runtime's instead of
+    ncnn's where that cannot be had on this machine or computes otherwise. Raises: `ModelError`.
     """
+    if name == "keras":
+        return KerasEngine(model, n_threads=n_threads, batch_size=batch_size)
     if name == "ncnn":
-        return NcnnEngine(model, n_threads=n_threads, batch_size=batch_size)
-    if name == "onnx":
-        return OnnxEngine(model, n_threads=n_threads, batch_size=batch_size, use_gpu=use_gpu)
-    return KerasEngine(model, n_threads=n_threads, batch_size=batch_size)
+        try:
+            return NcnnEngine(model, n_threads=n_threads, batch_size=batch_size)
+        except (ModelError, ImportError, OSError) as error:
+            log.warning("all is computed by ONNX Runtime, which is slower: %s", error)
+    return OnnxEngine(model, n_threads=n_threads, batch_size=batch_size, use_gpu=use_gpu)
+
+
+def check_model_file(file: UPath, *, sha256: str) -> None:
+    """A run whose model file was exchanged must not give scores under the run's name. Raises: `ModelError`."""
+    if not file.exists():
+        raise ModelError(f"{file} is missing; train the run anew or restore the file")
+    if storage.record_of(file)["sha256"] != sha256:
+        raise ModelError(f"{file} is not the file that training wrote (its SHA-256 differs); restore it or train anew")
 
 
 def gpu_fault(name: EngineName) -> str | None:
     """Why the engine cannot use a GPU in this process; None where it can."""
-    if name == "onnx":
+    if name != "keras":
         import onnxruntime
 
         found = onnxruntime.get_available_providers()
@@ -80,6 +99,8 @@ def gpu_fault(name: EngineName) -> str | None:
 
 class OnnxEngine(Engine):
     """ONNX Runtime, on CPUs or a GPU: starts in well under a second, needs no TensorFlow."""
+
+    name = "onnx"
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int, use_gpu: bool = False):
         import onnxruntime
@@ -105,13 +126,19 @@ class OnnxEngine(Engine):
 
 class NcnnEngine(Engine):
     """The convolutions by ncnn, image by image, the rest by ONNX Runtime: on CPUs 1.5 (cnn) to 2 times (VGG-19) as fast
-    as that alone, in no more memory. Computes in float32. Raises: `ModelError` where the two disagree on this machine.
+    as that alone. Computes in float32. Raises: `ModelError` where the two disagree on this machine.
     """
+
+    name = "ncnn"
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
         import ncnn
 
         parts = cut(model)
+        whole = OnnxEngine(parts.whole, n_threads=n_threads, batch_size=len(Label))
+        cells = _drawn_cells(*whole._session.get_inputs()[0].shape[1:3])
+        expected = whole._predict(cells)
+        del whole  # so that its memory is free again before ncnn takes its own
         self._before = OnnxEngine(parts.before, n_threads=n_threads, batch_size=batch_size)
         self._behind = OnnxEngine(parts.behind, n_threads=n_threads, batch_size=batch_size)
         self._as_mat, self._end = ncnn.Mat, parts.end
@@ -124,13 +151,16 @@ class NcnnEngine(Engine):
             layers.write_text(parts.layers)
             weights.write_bytes(parts.weights)
             if self._trunk.load_param(str(layers)) or self._trunk.load_model(str(weights)):
-                raise ModelError("ncnn cannot load the convolutions of model.onnx; take --engine onnx")
+                raise ModelError("ncnn cannot load the convolutions of model.onnx")
         self._batch_size = batch_size
-        self._check(OnnxEngine(model, n_threads=n_threads, batch_size=_N_CHECKED))
+        self._check(cells, expected)
 
     def _predict(self, batch: Pixels) -> list[Scores]:
+        return self._behind._predict(self._convolutions(batch))
+
+    def _convolutions(self, batch: Pixels) -> npt.NDArray[Any]:
         [images] = self._before._predict(batch)
-        return self._behind._predict(np.stack([self._convolved(image) for image in images]))
+        return np.stack([self._convolved(image) for image in images])
 
     def _convolved(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         extractor = self._trunk.create_extractor()
@@ -140,22 +170,37 @@ class NcnnEngine(Engine):
             raise ModelError(f"ncnn could not compute the convolutions (its error {fault}): memory may have run out")
         return np.asarray(found)
 
-    def _check(self, whole: OnnxEngine) -> None:
-        shape = (_N_CHECKED, *whole._session.get_inputs()[0].shape[1:])
-        pixels = np.random.default_rng([0]).integers(0, 256, shape, np.uint8)
-        for found, expected in zip(self._predict(pixels), whole._predict(pixels), strict=True):
-            difference = float(np.abs(found - expected).max() / max(1, np.abs(expected).max()))
+    def _check(self, cells: Pixels, expected: list[Scores]) -> None:
+        """Compares the network's outputs, and what the convolutions give relative to its largest value: of images
+        that wake none of them the outputs alone would be alike whatever they compute.
+        """
+        *outputs, line = expected
+        largest = float(np.abs(line).max())
+        if not largest > 0:
+            raise ModelError("the convolutions of model.onnx give nothing but 0 for drawn cells: none could be checked")
+        found: list[Any] = [*self._predict(cells), self._convolutions(cells) / largest]
+        for ours, theirs in zip(found, [*outputs, line / largest], strict=True):
+            difference = float(np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
             if not difference <= MAX_DIFFERENCE:
                 raise ModelError(
                     f"ncnn and ONNX Runtime differ by {difference:.2g} on this machine ({platform.machine()}), at most "
-                    f"{MAX_DIFFERENCE} is allowed; take --engine onnx"
+                    f"{MAX_DIFFERENCE} is allowed"
                 )
+
+
+def _drawn_cells(height: int, width: int) -> Pixels:
+    """A synthetic cell of each class, uint8 (2, height, width, 3): noise leaves a trained network's ReLUs at 0."""
+    size = max(height, width)
+    cells = [synthetic_cell(label, seed=0, patient=0, index=0) for label in Label]
+    return np.stack([resize(cell, size)[:height, :width] for cell in cells])
 
 
 class KerasEngine(Engine):
     """Keras' own prediction, on whatever backend and device Keras is set to. Loaded in safe mode: no code from the
     file runs.
     """
+
+    name = "keras"
 
     def __init__(self, model: bytes, *, n_threads: int, batch_size: int):
         import keras

@@ -14,12 +14,15 @@ from malaria_ray.errors import ModelError
 _MAGIC = 7767517  # the first line of ncnn's text format
 _AS_FLOAT32 = b"\0\0\0\0"  # its word for how the weights of a layer are written
 _RELU = " 9=1"
+_DEFAULTS = {"pads": [0] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1, "auto_pad": b"NOTSET", "ceil_mode": 0}
+_PLAIN = {"group": 1, "auto_pad": b"NOTSET", "ceil_mode": 0}  # what else ONNX allows stays with ONNX Runtime
 
 
 @dataclass(frozen=True)
 class Cut:
     """`before`: ONNX, images → float32 (n, channels, height, width). `layers` and `weights`: the content of ncnn's two
     files, from the blob `at0` of one image to the blob `end`. `behind`: ONNX, from there to the network's outputs.
+    `whole`: ONNX, images → the network's outputs and last what stands at `end`.
     """
 
     before: bytes
@@ -27,6 +30,7 @@ class Cut:
     weights: bytes
     end: str
     behind: bytes
+    whole: bytes
 
 
 def cut(model: bytes) -> Cut:
@@ -35,23 +39,28 @@ def cut(model: bytes) -> Cut:
     """
     import onnx
 
-    network = onnx.load_from_string(model)
+    try:
+        network = onnx.load_from_string(model)
+    except Exception as error:  # protobuf's, of which each implementation has its own
+        raise ModelError(f"model.onnx cannot be loaded: {error}") from error
     nodes, constants = list(network.graph.node), {one.name: one for one in network.graph.initializer}
     first = next((i for i, node in enumerate(nodes) if node.op_type == "Conv"), len(nodes))
     lines: list[str] = []
-    weights = b""
+    weights: list[bytes] = []
     last = first
     for node in nodes[first:]:
-        settings = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-        if last > first and node.input[0] != nodes[last - 1].output[0]:
+        given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+        settings = _DEFAULTS | given
+        is_plain = all(settings[name] == value for name, value in _PLAIN.items())
+        if last > first and list(node.input[:1]) != list(nodes[last - 1].output):
             break
-        if node.op_type == "Conv" and settings["group"] == 1:
+        if node.op_type == "Conv" and is_plain and all(name in constants for name in node.input[1:]):
             arrays = [onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:]]
             lines.append(_convolution(len(lines), arrays[0].shape, settings, has_bias=len(arrays) == 2))
-            weights += _AS_FLOAT32 + b"".join(array.astype("<f4").tobytes() for array in arrays)
+            weights += [_AS_FLOAT32, *(array.astype("<f4").tobytes() for array in arrays)]
         elif node.op_type == "Relu" and lines[-1].startswith("Convolution"):
             lines[-1] += _RELU
-        elif node.op_type == "MaxPool" and not any(settings.get("pads", ())):
+        elif node.op_type == "MaxPool" and is_plain and not any(settings["pads"]) and settings["dilations"] == [1, 1]:
             lines.append(_pooling(len(lines), settings))
         else:
             break
@@ -59,7 +68,7 @@ def cut(model: bytes) -> Cut:
     begin, end = nodes[first].input[0] if lines else "", nodes[last - 1].output[0]
     computed = {name for node in nodes[:last] for name in node.output} - {end}
     if not lines or computed & {name for node in nodes[last:] for name in node.input}:
-        raise ModelError("ncnn takes a straight line of convolutions, and model.onnx has none; take --engine onnx")
+        raise ModelError("ncnn takes a straight line of convolutions, and model.onnx has none")
 
     def part(of: list[Any], inputs: Any, outputs: Any) -> bytes:
         used = {name for node in of for name in node.input}
@@ -76,9 +85,10 @@ def cut(model: bytes) -> Cut:
     return Cut(
         before=part(nodes[:first], network.graph.input, [floats(begin)]),
         layers="\n".join([str(_MAGIC), f"{n} {n}", "Input images 0 1 at0", *lines, ""]),
-        weights=weights,
+        weights=b"".join(weights),
         end=f"at{len(lines)}",
         behind=part(nodes[last:], [floats(end)], network.graph.output),
+        whole=part(nodes, network.graph.input, [*network.graph.output, floats(end)]),
     )
 
 

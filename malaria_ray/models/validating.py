@@ -1,5 +1,5 @@
 """What a trained network says of the images that a run learns from after training: scores and features, by the very
-file and engine that screening will use.
+file that screening will use, and the engine that it uses on CPUs.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from malaria_ray.archives.reading import read_cells, read_files
 from malaria_ray.cells.images import Pixels, decode, resize
 from malaria_ray.cells.patients import file_names
 from malaria_ray.errors import ConfigError, ImageRefused, ModelError, ReadError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine
+from malaria_ray.models.engines import MODEL_FILE, EngineName, check_model_file, open_engine
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.seeds import check_seed
@@ -100,9 +100,11 @@ def run(config: Config) -> None:
     log.info("%s: %s files listed in %.1f s", archive.url, f"{listing.num_rows:,}", listing_s)
     found = describe(listing)
     sample = choose(listing, config.sample, seed=config.seed)
+    model = run_path / MODEL_FILE[config.engine]
+    check_model_file(model, sha256=trained["files"][model.name]["sha256"])
     measured = measure(
         sample,
-        (run_path / MODEL_FILE[config.engine]).read_bytes(),
+        model.read_bytes(),
         engine=config.engine,
         image_size=trained["image_size"],
         batch_size=config.batch_size,
@@ -110,7 +112,7 @@ def run(config: Config) -> None:
     plan = {
         "source": without_secrets(archive.url),
         "run_id": trained["run_id"],
-        "engine": config.engine,
+        "engine": measured["engine"],
         "image_size": trained["image_size"],
         "listing_s": round(listing_s, 2),
         **found,
@@ -190,8 +192,9 @@ def measure(sample: pa.Table, model: bytes, *, engine: EngineName, image_size: i
             f"none of the {sample.num_rows:,} sampled files can be used ({dict(reasons)}); look at the archive, or "
             "take a larger --sample"
         )
-    forward_s, load_s = _forward(pixels, model, engine=engine, batch_size=batch_size)
+    computed_by, forward_s, load_s = _forward(pixels, model, engine=engine, batch_size=batch_size)
     return {
+        "engine": computed_by,
         "n": n,
         "n_usable": len(pixels),
         "reasons": dict(reasons.most_common()),
@@ -203,8 +206,8 @@ def measure(sample: pa.Table, model: bytes, *, engine: EngineName, image_size: i
     }
 
 
-def _forward(pixels: Pixels, model: bytes, *, engine: EngineName, batch_size: int) -> tuple[float, float]:
-    """(seconds an image in full batches, seconds until the engine was there)."""
+def _forward(pixels: Pixels, model: bytes, *, engine: EngineName, batch_size: int) -> tuple[EngineName, float, float]:
+    """(what computed, seconds an image in full batches, seconds until the engine was there)."""
     begun = time.monotonic()
     network = open_engine(engine, model, n_threads=1, batch_size=batch_size)
     loaded = time.monotonic()
@@ -213,7 +216,7 @@ def _forward(pixels: Pixels, model: bytes, *, engine: EngineName, batch_size: in
     network.score(full[:batch_size])  # the first batch allocates
     warm = time.monotonic()
     network.score(full)
-    return (time.monotonic() - warm) / n, loaded - begun
+    return network.name, (time.monotonic() - warm) / n, loaded - begun
 
 
 def estimate(found: dict[str, Any], measured: dict[str, Any], *, n_actors: int, listing_bytes: int) -> dict[str, Any]:

@@ -91,6 +91,7 @@ class Scorer:
     status, detail    `ok`, or why the image is in quarantine
     read_s, score_s   seconds for this image, its share of its piece: reading and decoding, the network alone
     scored_at   when its piece was done, Unix time in seconds
+    engine      what computed the network in this process
     """
 
     def __init__(self, plan: ScoringPlan):
@@ -124,6 +125,7 @@ class Scorer:
             ("run_id", pa.scalar(plan.run_id)),
             ("score_s", pa.scalar(seconds / n, pa.float32())),
             ("scored_at", pa.scalar(time.time(), pa.float64())),
+            ("engine", pa.scalar(self.engine.name)),
         ):
             rows = rows.append_column(name, pa.repeat(value, n))
         self._metrics.count(rows, seconds)

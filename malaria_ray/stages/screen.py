@@ -31,7 +31,7 @@ from malaria_ray.archives.listing import check_same_listing, list_archive, listi
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault
+from malaria_ray.models.engines import MODEL_FILE, EngineName, check_model_file, gpu_fault
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
@@ -64,6 +64,7 @@ SCORED = pa.schema(
         ("read_s", pa.float32()),
         ("score_s", pa.float32()),
         ("scored_at", pa.float64()),
+        ("engine", pa.string()),
     ]
 )
 """One row for each file of the archive, before they are parted into predictions and quarantine."""
@@ -82,8 +83,8 @@ class Config:
     split: Split | Literal["all"] = "all"
     """Only the images of this split of the run."""
     engine: EngineName | None = None
-    """ncnn: convolutions by ncnn, fastest on CPUs, the default there; onnx: all by ONNX Runtime, the default on GPUs;
-    keras: by Keras. All compute in float32."""
+    """ncnn: convolutions by ncnn, fastest on CPUs, the default there; onnx: all by ONNX Runtime, the default on GPUs,
+    and what takes ncnn's place where the two disagree; keras: by Keras. All compute in float32."""
     patients: tuple[str, ...] = ()
     """Patient mapping files of an archive, as for 'ingest'."""
     patient_pattern: str | None = None
@@ -190,7 +191,7 @@ def run(config: Config) -> None:
         _print_summary(storage.read_json(results / outputs.SUCCESS))
         return
 
-    _check_model_file(run_path, MODEL_FILE[config.engine_name], identity["model_digest"])
+    check_model_file(run_path / MODEL_FILE[config.engine_name], sha256=identity["model_digest"])
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
@@ -234,6 +235,12 @@ def run(config: Config) -> None:
         files |= _publish(rows, results)
         counts = _counts(rows)
         rates = _rates(rows, since=connected_at, seconds=scored - connected, n_actors=n_actors) if n_scored else {}
+    if others := sum(n for name, n in rates.get("engines", {}).items() if name != config.engine_name):
+        log.warning(
+            "%s files were scored by ONNX Runtime alone, slower: on their nodes ncnn is missing or computes otherwise "
+            "(the logs of Ray's workers there say which)",
+            f"{others:,}",
+        )
     files |= _copy_run(run_path, results)
     _check_bad_fraction(counts, results, config.max_bad_fraction)
     _write_iceberg(config, results)
@@ -258,16 +265,6 @@ def run(config: Config) -> None:
     )
     _print_summary(storage.read_json(results / outputs.SUCCESS))
     log.info("results: %s", results)
-
-
-def _check_model_file(run_path: UPath, name: str, digest: str) -> None:
-    """A run whose model file was exchanged must not give scores under the run's name."""
-    if not (run_path / name).exists():
-        raise ModelError(f"{run_path / name} is missing; train the run anew or restore the file")
-    if storage.record_of(run_path / name)["sha256"] != digest:
-        raise ModelError(
-            f"{run_path / name} is not the file that training wrote (its SHA-256 differs); restore it or train anew"
-        )
 
 
 def _temperature(run_path: UPath) -> float:
@@ -537,10 +534,10 @@ def _reopen(results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_f
         refused = ", ".join(_of_refused(name) for name in PREDICTIONS.names)
         rows: Any = tables.sql(f"""
             SELECT {usable}, key, '{OK}' AS status, NULL AS detail, n_bytes,
-                   0 AS read_s, 0 AS score_s, 0 AS scored_at
+                   0 AS read_s, 0 AS score_s, 0 AS scored_at, NULL AS engine
             FROM predictions JOIN listing USING (image_id)
             UNION ALL
-            SELECT {refused}, key, reason, detail, quarantine.n_bytes, 0, 0, 0
+            SELECT {refused}, key, reason, detail, quarantine.n_bytes, 0, 0, 0, NULL
             FROM quarantine JOIN listing USING (image_id) WHERE image_id NOT IN (SELECT image_id FROM retried)
         """).to_arrow_table()
     ledger.reopen(work, rows.select(SCORED.names).cast(SCORED))
@@ -590,6 +587,8 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
     )
     if not n:  # the clocks of the nodes differ by more than the run took
         return {}
+    by_engine = rows.execute("SELECT engine, count(*) FROM scored WHERE scored_at >= $1 GROUP BY ALL", [since])
+    engines = dict(by_engine.fetchall())
     [n_steady] = _one(rows, "SELECT count(*) FROM scored WHERE scored_at > $1 AND scored_at <= $2", low, high)
     [begun] = _one(
         rows,
@@ -613,6 +612,7 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
         "ceiling_images_per_second": round(ceiling, 1),
         "percent_of_ceiling": round(100 * n / seconds / ceiling, 1),
         "steady_percent_of_ceiling": round(100 * steady / ceiling, 1),
+        "engines": engines,
         "stages": stages,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,8 @@ from onnx import TensorProto, helper
 
 from malaria_ray.errors import ModelError
 from malaria_ray.models import engines
-from malaria_ray.models.engines import NcnnEngine, OnnxEngine
-from malaria_ray.models.trunk import cut
+from malaria_ray.models.engines import NcnnEngine, OnnxEngine, open_engine
+from malaria_ray.models.trunk import Cut, cut
 
 CHANCE = np.random.default_rng(0)
 
@@ -124,7 +125,7 @@ def test_convolutions_in_groups_and_padded_poolings_stay_with_onnx_runtime():
 
 def test_a_network_without_a_straight_line_is_refused():
     without = Network(8)
-    with pytest.raises(ModelError, match="straight line of convolutions, and .* take --engine onnx"):
+    with pytest.raises(ModelError, match="straight line of convolutions, and model.onnx has none"):
         cut(without.scored())
     skipping = Network(8)
     skipping.conv(3, 3)
@@ -135,16 +136,88 @@ def test_a_network_without_a_straight_line_is_refused():
         cut(skipping.scored())
 
 
-def test_a_machine_where_ncnn_computes_otherwise_scores_nothing(monkeypatch: pytest.MonkeyPatch):
-    model = plain(32).scored()
+def dead_on_noise(size: int) -> Network:
+    """Wakes where a patch is brighter than noise is on average, as in a cell."""
+    network = Network(size)
+    mean = np.full((4, 3, 9, 9), 1 / 243, np.float32)
+    network.add("Conv", mean, np.full(4, -0.62, np.float32), kernel_shape=[9, 9], pads=[4] * 4)
+    network.add("Relu")
+    network.conv(4, 4)
+    return network
 
-    def damaged(model: bytes):
-        parts = cut(model)
-        return replace(parts, weights=parts.weights[:-64] + np.full(16, 3, "<f4").tobytes())
 
+def damaged(model: bytes) -> Cut:
+    parts = cut(model)
+    return replace(parts, weights=parts.weights[:-64] + np.full(16, 3, "<f4").tobytes())
+
+
+@pytest.mark.parametrize("build", [plain, dead_on_noise])
+def test_a_machine_where_ncnn_computes_otherwise_is_found(build, monkeypatch: pytest.MonkeyPatch):
+    model = build(125).scored()
+    NcnnEngine(model, n_threads=1, batch_size=2)
     monkeypatch.setattr(engines, "cut", damaged)
-    with pytest.raises(ModelError, match="ncnn and ONNX Runtime differ by .* on this machine .* take --engine onnx"):
+    with pytest.raises(ModelError, match=r"ncnn and ONNX Runtime differ by .* on this machine .*, at most 0.0001"):
         NcnnEngine(model, n_threads=1, batch_size=2)
+
+
+def test_a_network_that_nothing_wakes_cannot_be_checked_and_is_refused():
+    network = Network(32)
+    network.add("Conv", np.ones((1, 3, 1, 1), np.float32), np.float32([-4]))
+    network.add("Relu")
+    with pytest.raises(ModelError, match="nothing but 0 for drawn cells"):
+        NcnnEngine(network.scored(), n_threads=1, batch_size=2)
+
+
+def test_where_ncnn_cannot_be_used_onnx_runtime_computes_and_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    model = plain(32).scored()
+    assert open_engine("ncnn", model, n_threads=1, batch_size=2).name == "ncnn"
+    with monkeypatch.context() as patched:
+        patched.setattr(engines, "cut", damaged)
+        assert open_engine("ncnn", model, n_threads=1, batch_size=2).name == "onnx"
+    assert "all is computed by ONNX Runtime, which is slower: ncnn and ONNX Runtime differ by" in caplog.text
+    monkeypatch.setitem(sys.modules, "ncnn", None)
+    assert open_engine("ncnn", model, n_threads=1, batch_size=2).name == "onnx"
+    with pytest.raises(ModelError, match="model.onnx cannot be loaded"):
+        open_engine("ncnn", model[: len(model) // 2], n_threads=1, batch_size=2)
+
+
+def test_what_onnx_lets_out_has_the_value_that_it_says():
+    network = Network(32)
+    network.add("Conv", CHANCE.normal(0, 0.1, (6, 3, 3, 3)).astype(np.float32))
+    network.add("MaxPool", kernel_shape=[2, 2])
+    network.conv(6, 4)
+    model = network.scored()
+    assert len(cut(model).layers.splitlines()) == 6  # its two lines, the input, and all three
+    np.testing.assert_allclose(*both(model, 32), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Conv", {"auto_pad": "SAME_UPPER"}),
+        ("MaxPool", {"kernel_shape": [3, 3], "ceil_mode": 1, "strides": [2, 2]}),
+        ("MaxPool", {"kernel_shape": [2, 2], "dilations": [2, 2]}),
+        ("MaxPool", {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}),
+    ],
+)
+def test_what_ncnn_would_take_for_something_else_stays_with_onnx_runtime(kind: str, settings: dict):
+    network = plain(32)
+    n_lines = len(cut(plain(32).scored()).layers.splitlines())
+    constants = [CHANCE.normal(0, 0.1, (4, 16, 2, 2)).astype(np.float32)] if kind == "Conv" else []
+    network.add(kind, *constants, **settings)
+    model = network.scored()
+    assert len(cut(model).layers.splitlines()) == n_lines
+    np.testing.assert_allclose(*both(model, 32), atol=2e-6, rtol=0)
+
+
+def test_a_kernel_that_is_computed_stays_with_onnx_runtime():
+    network = plain(32)
+    kernel = onnx.numpy_helper.from_array(CHANCE.normal(0, 0.1, (4, 16, 1, 1)).astype(np.float32))
+    network.nodes.append(helper.make_node("Constant", [], ["kernel"], value=kernel))
+    network.add("Conv", inputs=("kernel",))
+    np.testing.assert_allclose(*both(network.scored(), 32), atol=2e-6, rtol=0)
 
 
 def test_threads_change_no_score():

@@ -51,6 +51,18 @@ def test_estimate_is_start_and_images_over_rate():
     assert found["estimated_s"] == pytest.approx(plan._START_S + 1_000_000 / (2000 * plan._EFFICIENCY), rel=1e-3)
 
 
+@pytest.mark.parametrize("engine", ["ncnn", "onnx", "keras"])
+@pytest.mark.parametrize("content", [None, b"x"])
+def test_a_run_without_its_model_file_is_told_in_one_line(line: Line, copy_of, engine: str, content: bytes | None):
+    run = copy_of(line.run)
+    file = run / ("model.keras" if engine == "keras" else "model.onnx")
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ModelError, match=f"{file} is (missing|not the file that training wrote)"):
+        plan.run(plan.Config(source=str(line.archive), model=str(run), engine=engine))
+
+
 def test_dataset_costs_no_decoding(line: Line, capsys: pytest.CaptureFixture[str]):
     found = plan_of(line.dataset, line, capsys)
     assert found["read_as"] == {"crops": 240}

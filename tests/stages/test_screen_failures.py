@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pandas as pd
 import psutil
 import pyarrow.parquet as pq
@@ -90,6 +91,47 @@ def test_a_full_disk_stops_in_one_line_and_with_more_room_it_goes_on(
     timings = storage.read_json(storage.locate(str(small_disk / "results/_SUCCESS.json")))["timings"]
     assert timings["images_scored"] == len(undisturbed) - n_done
     verify.run(verify.Config(directory=str(small_disk / "results")))
+
+
+def command_of(source: Path, results: Path, line: Line, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    own = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "malaria_ray", "screen", str(source), str(results), "--model", str(line.run)]
+    return subprocess.Popen([*command, *flags], env=own | environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def test_a_second_process_is_refused_and_the_first_ends_exact(
+    line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
+):
+    results = tmp_path / "results"
+    first = command_of(many, results, line)
+    while not ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen")):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)  # so that it is not done before the second has started
+    second = command_of(many, results, line, "--overwrite", "--engine", "onnx")
+    said = second.communicate(timeout=200)[0].strip().splitlines()[-1]
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 1
+    assert said.startswith(f"malaria-ray screen: {results} is being written by process {first.pid} on "), said
+    output = first.communicate(timeout=200)[0]
+    assert first.returncode == 0, output
+    pd.testing.assert_frame_equal(predictions_of(results), undisturbed)
+    verify.run(verify.Config(directory=str(results)))
+    assert not (results / "_writer.json").exists()
+
+
+def test_where_ncnn_is_missing_onnx_runtime_scores_and_the_results_say_so(line: Line, tmp_path: Path):
+    (tmp_path / "ncnn.py").write_text("raise ImportError('made for another processor')")
+    screening = command_of(line.archive, tmp_path / "results", line, PYTHONPATH=str(tmp_path))
+    output = screening.communicate(timeout=200)[0]
+    assert screening.returncode == 0, output
+    assert "240 files were scored by ONNX Runtime alone, slower" in output
+    timings = storage.read_json(storage.locate(str(tmp_path / "results/_SUCCESS.json")))["timings"]
+    assert timings["engines"] == {"onnx": 240}
+    found, usual = predictions_of(tmp_path / "results"), predictions_of(line.results)
+    np.testing.assert_allclose(found["score"], usual["score"], atol=1e-5)
+    pd.testing.assert_series_equal(found["predicted_label"], usual["predicted_label"])
 
 
 @pytest.mark.slow
