@@ -89,6 +89,17 @@ def n_bytes(path: UPath) -> int:
         raise not_read(path, error) from error
 
 
+_STATE = ("size", "mtime", "ETag", "LastModified", "Last-Modified", "etag", "last_modified", "updated", "md5Hash")
+
+
+def state(path: UPath) -> dict[str, str]:
+    """What storage tells of a file that is another once it was replaced. Raises: `ArchiveError`."""
+    found = tried(lambda: path.fs.info(path.path))
+    if isinstance(found, ReadError):
+        raise ArchiveError(f"{path} cannot be looked at: {found.detail}; check that it is still there")
+    return {name: str(found[name]) for name in _STATE if name in found}
+
+
 def not_read(path: UPath, error: Exception) -> ArchiveError:
     """One line for what the clients raise: to fsspec's HTTP all is 'not found', botocore has own kinds."""
     if isinstance(error, FileNotFoundError):

@@ -76,13 +76,12 @@ class FolderArchive:
         try:
             for info in self._entries(folder):
                 name: str = info["name"]
-                is_itself = name.rstrip("/") == folder.rstrip("/")
-                if info["type"] == "directory" and not is_itself:
+                if info["type"] == "directory":
                     folders.append(name)
                     continue
-                if is_itself and info["type"] == "file" and not info.get("size"):
+                if name.rstrip("/") == folder.rstrip("/") and not info.get("size"):
                     continue  # an object store's empty object that stands for the folder
-                row = self._row(name[n_root:].lstrip("/"), info)
+                row = self._row(name[n_root:].removeprefix("/"), info)
                 (shards if _is_shard(row) else files).append(row)
                 if len(files) == _BATCH:
                     tables.append(self._table(files))
@@ -106,12 +105,17 @@ class FolderArchive:
                 if (name := info["name"].removeprefix(inside)) and "?" not in name:
                     yield info
         else:
-            yield from fs.ls(folder or "/", detail=True)
+            for info in fs.ls(folder or "/", detail=True):
+                if info["type"] != "directory" or info["name"].rstrip("/") != folder.rstrip("/"):
+                    yield info
 
     def _row(self, name: str, info: dict[str, Any]) -> _Row:
         method = self._method(info)
         try:
+            name = storage.name_in_address(name, self.path)
             name.encode()
+        except UnicodeDecodeError:  # of an address; it stays as it is
+            method = "a file whose name is not UTF-8"
         except UnicodeEncodeError:  # a disk takes any bytes for a name, a table of strings does not
             name, method = name.encode("utf-8", "backslashreplace").decode(), "a file whose name is not UTF-8"
         return name, info.get("size"), method
@@ -128,7 +132,7 @@ class FolderArchive:
 
     def _open_shard(self, shard: _Row) -> _Listed:
         name = shard[0]
-        path = storage.locate(f"{storage.as_url(self.path).rstrip('/')}/{name}")
+        path = storage.locate(f"{storage.as_url(self.path).rstrip('/')}/{storage.address_of(name, self.path)}")
         if name.lower().endswith(".tar"):
             return list(containers.listed(path, lambda: tar_places(path))), [], [], []
         return list(containers.listed(path, lambda: self._rows(path, shard))), [], [], []
@@ -167,9 +171,9 @@ def _is_shard(row: _Row) -> bool:
 
 def _s3_entries(fs: Any, folder: str) -> Iterator[dict[str, Any]]:
     """One prefix, a page of 1,000 keys at a time: `fs.ls` holds a dictionary of each key until the last has come."""
-    bucket, key, _ = fs.split_path(folder)
+    bucket, *_ = fs.split_path(folder)
     page: dict[str, Any] = {}
-    prefix = f"{key}/" if key else ""
+    prefix = f"{folder}/".removeprefix(f"{bucket}/")  # not split_path's key, which lost the end of a/b//c
     while not page or page.get("IsTruncated"):
         token = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
         page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **token)

@@ -7,6 +7,8 @@ import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from upath import UPath
 
-from malaria_ray.archives import Archive
+from malaria_ray.archives import Archive, containers
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.cells.patients import file_names, labels_of, patients_of
 from malaria_ray.errors import ArchiveError, PatientMappingError
@@ -27,6 +29,7 @@ _BATCH_ROWS = 100_000  # at a time, where columns are computed
 _SCHEMA = LISTING.arrow_schema().set(
     LISTING.names.index("container"), pa.field("container", pa.dictionary(pa.int32(), pa.string()))
 )
+_N_THREADS = 16  # containers looked at together: what is waited for is the network
 _KEPT = "listing.json"
 
 
@@ -63,6 +66,29 @@ def list_archive(
     if patients and not is_certain:
         _check_named(listing, known[0], archive.url)
     return listing.set_column(0, "key", pa.array(np.arange(listing.num_rows)))
+
+
+@contextmanager
+def unchanged(listing: pa.Table) -> Iterator[None]:
+    """Around reading: its containers of many files must be the same ones at the end. Places in a tar or Parquet file
+    that was replaced meanwhile are those of other images.
+
+    Raises: `ArchiveError` where one is not.
+    """
+    many = pc.unique(listing["container"].filter(pc.is_valid(listing["offset"]))).to_pylist()
+
+    def states() -> list[dict[str, str]]:
+        with ThreadPoolExecutor(_N_THREADS) as pool:
+            return list(pool.map(lambda url: containers.state(storage.locate(url)), many))
+
+    before = states()
+    yield
+    for url, was, now in zip(many, before, states(), strict=True):
+        if was != now:
+            raise ArchiveError(
+                f"{storage.locate(url)} was replaced while it was read; run again: that goes on where the same files "
+                "lie in it in the same order, and says so where they do not"
+            )
 
 
 def listing_digest(listing: pa.Table) -> str:
@@ -205,14 +231,14 @@ def _check_named(listing: pa.Table, names: pa.Array, url: str) -> None:
 def _order(listing: pa.Table) -> pa.Array | None:
     """The rows by container, offset and name, so that neighbours are read by one request; None where they are so."""
     keys = listing.select(["offset", "image_id"])
-    containers = pc.unique(listing["container"]).dictionary_decode()
-    if len(containers) > 1:  # by their ranks: Arrow does not sort dictionaries
+    n_containers = len(pc.unique(listing["container"]))
+    if n_containers > 1:  # by their ranks: Arrow does not sort dictionaries
         coded = listing.select(["container"]).unify_dictionaries()["container"]
         ranks = pc.rank(coded.chunk(0).dictionary)
         keys = keys.add_column(0, "container", pa.chunked_array([ranks.take(chunk.indices) for chunk in coded.chunks]))
     if listing["offset"].null_count == listing.num_rows:
         keys = keys.drop_columns(["offset"])
-    elif len(containers) == 1 and _is_increasing(listing["offset"]):
+    elif n_containers == 1 and _is_increasing(listing["offset"]):
         return None
     return pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names])
 

@@ -142,7 +142,9 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
     n = len(rows)
     sizes = [0 if storage.is_local(root) else row["n_bytes"] or 0 for row in rows]
     starts = [0 if size else None for size in sizes]  # "from 0" spares s3fs a request for the size of each
-    for data in _fetch(root.fs, [prefix + row["image_id"] for row in rows], starts, [None] * n, sizes):
+    for data in _fetch(
+        root.fs, [prefix + storage.address_of(row["image_id"], root) for row in rows], starts, [None] * n, sizes
+    ):
         yield data if isinstance(data, bytes) else containers.unreadable(data)
 
 

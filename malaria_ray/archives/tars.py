@@ -161,7 +161,7 @@ def _members(file: BinaryIO, path: UPath) -> Iterator[_Member]:
             if info.isdir():
                 continue
             method = "tar" if info.isreg() and not info.issparse() else _kind(info)
-            name = info.name
+            name = info.name.removeprefix("./")  # as the same folder names it
             try:
                 name.encode()
             except UnicodeEncodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import platform
 import tempfile
@@ -18,7 +19,6 @@ from malaria_ray.cells.images import Pixels, resize
 from malaria_ray.cells.synthetic import synthetic_cell
 from malaria_ray.errors import ModelError
 from malaria_ray.models.trunk import cut
-from malaria_ray.runtime import storage
 from malaria_ray.schema import Label
 
 log = logging.getLogger("malaria_ray")
@@ -73,12 +73,15 @@ def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: i
     return OnnxEngine(model, n_threads=n_threads, batch_size=batch_size, use_gpu=use_gpu)
 
 
-def check_model_file(file: UPath, *, sha256: str) -> None:
-    """A run whose model file was exchanged must not give scores under the run's name. Raises: `ModelError`."""
-    if not file.exists():
-        raise ModelError(f"{file} is missing; train the run anew or restore the file")
-    if storage.record_of(file)["sha256"] != sha256:
+def read_run_file(file: UPath, *, sha256: str) -> bytes:
+    """A file of a run. One that was exchanged must not give scores under the run's name. Raises: `ModelError`."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError(f"{file} is missing; train the run anew or restore the file") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise ModelError(f"{file} is not the file that training wrote (its SHA-256 differs); restore it or train anew")
+    return data
 
 
 def gpu_fault(name: EngineName) -> str | None:

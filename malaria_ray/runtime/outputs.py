@@ -4,7 +4,7 @@
     .begin()     takes it from other writers until `one_writer` ends (lease.py) and writes config.json: stage, what
                  decides the result (`identity`), the whole config, provenance
     …            the stage writes its files; what only it needs goes to _work/
-    finish(…)    removes _work/ and writes _SUCCESS.json last: counts, the record of every file, timings
+    finish(…)    writes _SUCCESS.json: counts, the record of every file, timings; then removes _work/
 
 A finished directory is left alone, an unfinished one is resumed if its identity is the same, and else refused with
 the difference.
@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError
+from malaria_ray.errors import ConfigError, DirectoryError, InvariantError, NotCompleteError
 from malaria_ray.runtime import lease, storage
 from malaria_ray.runtime.provenance import provenance
 from malaria_ray.runtime.redaction import without_secrets_in
@@ -57,9 +57,11 @@ class Claim:
     def begin(self) -> None:
         """Deletes what `--overwrite` deletes, makes unfinished what goes on, and writes the config.
 
-        Raises: `DirectoryError` where another process writes the directory.
+        Raises: `DirectoryError` where another process writes the directory, or has finished it.
         """
         lease.check_free(self.path)
+        if not (self.is_emptied or self.is_reopened) and (self.path / SUCCESS).exists():
+            raise DirectoryError(f"{self.path} was finished by another process meanwhile; run again to see it")
         if self.is_emptied:
             _empty(self.path, self.stage)
         if self.is_reopened:
@@ -142,6 +144,7 @@ def claim(
             "choose another directory, or --overwrite to delete it and begin again"
         )
     if is_finished and not has_grown:
+        storage.remove(path / WORK)  # of a process that was killed right behind its end
         return None
     return replace(work, is_reopened=is_finished, is_written=identity != found["identity"])
 
@@ -162,12 +165,32 @@ def write_table(
 def finish(
     path: UPath, *, counts: dict[str, Any], files: dict[str, FileRecord], timings: dict[str, Any], **more: Any
 ) -> None:
-    """Removes the stage's work folder and writes `_SUCCESS.json`: after this the directory is finished."""
-    storage.remove(path / WORK)
+    """Writes `_SUCCESS.json`: with this the directory is finished. Then removes the stage's work folder: killed before,
+    a process that goes on still finds what is done.
+
+    Raises: `InvariantError` where a file does not lie there as it was written.
+    """
+    _check_lie_there(path, files)
     name = _CONFIG_FILE[str(stage_of(path))]
     config = {name: storage.record_of(path / name)}
     content = {"finished_at": _now(), "counts": counts, **more, "timings": timings, "config": config, "files": files}
     storage.write_json(path / SUCCESS, content)
+    storage.remove(path / WORK)
+
+
+def _check_lie_there(path: UPath, files: dict[str, FileRecord]) -> None:
+    """By name and size: finds what else wrote the directory meanwhile, workers of a node that is cut off for one."""
+    sizes = {}
+    for folder in {name.rpartition("/")[0] for name in files}:
+        for info in path.fs.ls((path / folder).path if folder else path.path, detail=True):
+            name = info["name"].rstrip("/").rpartition("/")[2]
+            sizes[f"{folder}/{name}" if folder else name] = info["size"]
+    for name, record in files.items():
+        if sizes.get(name) != record["bytes"]:
+            raise InvariantError(
+                f"{path / name} has {sizes.get(name, 'no')} bytes, {record['bytes']} were written: something else "
+                "writes there too; stop it, then run again with --overwrite"
+            )
 
 
 def check_complete(path: UPath, stage: str) -> dict[str, Any]:

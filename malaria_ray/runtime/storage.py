@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs
@@ -60,6 +61,16 @@ def locate(url: str | UPath) -> UPath:
 
 def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
+
+
+def name_in_address(address: str, folder: UPath) -> str:
+    """The name of a file below a folder: of a web address without its percent signs. Raises: `UnicodeDecodeError`."""
+    return unquote(address, errors="strict") if folder.protocol in ("http", "https") else address
+
+
+def address_of(name: str, folder: UPath) -> str:
+    """The other way round: what is put behind the folder to reach the file."""
+    return quote(name) if folder.protocol in ("http", "https") else name
 
 
 def lies_in(path: UPath, folder: UPath) -> bool:

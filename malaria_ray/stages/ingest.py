@@ -21,7 +21,7 @@ from upath import UPath
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, unchanged
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crop_pixels, crops_column
@@ -105,15 +105,16 @@ def run(config: Config) -> None:
 
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     claim.begin()
-    check_same_listing(dataset / outputs.WORK, listing)
+    check_same_listing(outputs.work_of(dataset, "ingest"), listing)
     log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")
     listed = time.monotonic()
     with ray_session():
         connected = time.monotonic()
-        n_read = _decode_all(listing, dataset, image_size=config.image_size)
+        with unchanged(listing):
+            n_read = _decode_all(listing, dataset, image_size=config.image_size)
     decoded = time.monotonic()
 
-    manifest, files = _publish(dataset, n_files=listing.num_rows)
+    manifest, files = _publish(dataset, listing["image_id"])
     _check_bad_fraction(manifest, dataset, config.max_bad_fraction)
     summary = _summary(manifest, config)
     storage.write_json(dataset / "summary.json", summary)
@@ -140,7 +141,7 @@ def run(config: Config) -> None:
 def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
     """Decodes the shards that no earlier run finished, in parallel; returns the number of files read."""
     n_shards = -(-listing.num_rows // _SHARD_ROWS)
-    finished = {path.name for path in storage.parts(dataset / outputs.WORK / "manifest")}
+    finished = {path.name for path in storage.parts(outputs.work_of(dataset, "ingest") / "manifest")}
     todo = [{"shard": i} for i in range(n_shards) if storage.part_name(i) not in finished]
     if not todo:
         return 0
@@ -151,7 +152,12 @@ def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
     shared = ray.put(listing)
     ray_dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
         _decode_shard,
-        fn_kwargs={"listing": [shared], "dataset": storage.as_url(dataset), "image_size": image_size},
+        fn_kwargs={
+            "listing": [shared],
+            "dataset": storage.as_url(dataset),
+            "work": storage.as_url(outputs.work_of(dataset, "ingest")),
+            "image_size": image_size,
+        },
         num_cpus=1,
     )
     # Ray Data reserves half of the CPUs for each of its operators, and from_items is one: of two cores one stood idle
@@ -166,7 +172,9 @@ def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
     return n_files
 
 
-def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, image_size: int) -> dict[str, Any]:
+def _decode_shard(
+    row: dict[str, Any], *, listing: list[Any], dataset: str, work: str, image_size: int
+) -> dict[str, Any]:
     """One shard: its crops part, that file's record, then its manifest part."""
     index = row["shard"]
     shard = ray.get(listing[0]).slice(index * _SHARD_ROWS, _SHARD_ROWS)
@@ -181,8 +189,9 @@ def _decode_shard(row: dict[str, Any], *, listing: list[Any], dataset: str, imag
             row_group_rows=_CROPS_ROW_GROUP,
             dictionary=["patient_id", "label"],
         )
-    storage.write_json(path / outputs.WORK / "records" / f"{name}.json", dict(records))
-    storage.write_table(path / outputs.WORK / "manifest" / name, cells.table)  # last: with it the shard is finished
+    books = storage.locate(work)
+    storage.write_json(books / "records" / f"{name}.json", dict(records))
+    storage.write_table(books / "manifest" / name, cells.table)  # last: with it the shard is finished
     return {"n": shard.num_rows, "n_bad": shard.num_rows - usable.num_rows}
 
 
@@ -191,17 +200,18 @@ def _crops(usable: pa.Table, pixels: Pixels, image_size: int) -> pa.Table:
     return usable.append_column("image", crops_column(pixels)).select(schema.names).cast(schema)
 
 
-def _publish(dataset: UPath, *, n_files: int) -> tuple[pa.Table, dict[str, FileRecord]]:
+def _publish(dataset: UPath, listed: pa.ChunkedArray) -> tuple[pa.Table, dict[str, FileRecord]]:
     """Joins the shards' rows to manifest.parquet and quarantine/; returns the manifest and every file's record.
 
-    Raises: `InvariantError` unless there is a row for each of the `n_files` listed.
+    Raises: `InvariantError` unless there is one row for each of the names `listed`.
     """
-    work = dataset / outputs.WORK
+    work = outputs.work_of(dataset, "ingest")
     rows = storage.read_table(work / "manifest").sort_by([("patient_id", "ascending"), ("image_id", "ascending")])
-    if rows.num_rows != n_files:
+    known = pc.unique(rows["image_id"].filter(pc.is_in(rows["image_id"], listed.combine_chunks())))
+    if not rows.num_rows == len(known) == len(listed):
         raise InvariantError(
-            f"{rows.num_rows:,} rows of {n_files:,} files were found in {work}; {dataset} is not published: if another "
-            "ingest writes there too, wait for its end, then run this one again"
+            f"{rows.num_rows:,} rows of {len(listed):,} files were found in {work}, {len(known):,} of them of these "
+            f"files; {dataset} is not published: keep it and report this"
         )
     manifest = rows.select(MANIFEST.names).cast(MANIFEST.arrow_schema())
     bad = rows.filter(pc.not_equal(rows["status"], OK))

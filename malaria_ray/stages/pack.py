@@ -26,7 +26,7 @@ from upath import UPath
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, unchanged
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import UNKNOWN_BYTES, read_files
 from malaria_ray.cells.images import content_digest
@@ -94,15 +94,17 @@ def run(config: Config) -> None:
         return
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     claim.begin()
-    check_same_listing(packed / outputs.WORK, listing)
+    check_same_listing(outputs.work_of(packed, "pack"), listing)
     bounds = part_bounds(listing, config.part_mb * 10**6)
     log.info("%s: %s files into %d parts", archive.url, f"{listing.num_rows:,}", len(bounds))
     with ray_session():
         connected = time.monotonic()
-        n_packed = _pack_all(listing, bounds, packed)
+        with unchanged(listing):
+            n_packed = _pack_all(listing, bounds, packed)
     done = time.monotonic()
 
-    records = [storage.read_json(_record(packed, part)) for part in range(len(bounds))]
+    work = outputs.work_of(packed, "pack")
+    records = [storage.read_json(_record(work, part)) for part in range(len(bounds))]
     counts = _counts(records)
     n_bad = sum(counts["reasons"].values())
     if n_bad / counts["n_files"] > config.max_bad_fraction:
@@ -156,15 +158,15 @@ def packed_listing(listing: pa.Table, bounds: list[tuple[int, int]]) -> pa.Table
     return pa.table(places).select(LISTING.names).cast(LISTING.arrow_schema())
 
 
-def _record(packed: UPath, part: int) -> UPath:
-    return packed / outputs.WORK / "records" / f"{storage.part_name(part)}.json"
+def _record(work: UPath, part: int) -> UPath:
+    return work / "records" / f"{storage.part_name(part)}.json"
 
 
 def _pack_all(listing: pa.Table, bounds: list[tuple[int, int]], packed: UPath) -> int:
     """Packs the parts that no earlier run finished, in parallel; returns the number of files read."""
-    todo = []
+    todo, work = [], outputs.work_of(packed, "pack")
     for part, (start, n) in enumerate(bounds):
-        record = _record(packed, part)
+        record = _record(work, part)
         if not record.exists() or storage.read_json(record)["reasons"].get(Reason.UNREADABLE):
             todo.append({"part": part, "start": start, "n": n})
     if not todo:
@@ -173,7 +175,9 @@ def _pack_all(listing: pa.Table, bounds: list[tuple[int, int]], packed: UPath) -
         log.info("%d of %d parts were finished before", len(bounds) - len(todo), len(bounds))
     shared = ray.put(listing)
     dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-        _pack_part, fn_kwargs={"listing": [shared], "packed": storage.as_url(packed)}, num_cpus=1
+        _pack_part,
+        fn_kwargs={"listing": [shared], "packed": storage.as_url(packed), "work": storage.as_url(work)},
+        num_cpus=1,
     )
     n_bad = 0
     with progress("pack", sum(row["n"] for row in todo), "files") as report:
@@ -183,15 +187,15 @@ def _pack_all(listing: pa.Table, bounds: list[tuple[int, int]], packed: UPath) -
     return sum(row["n"] for row in todo)
 
 
-def _pack_part(row: dict[str, Any], *, listing: list[Any], packed: str) -> dict[str, Any]:
+def _pack_part(row: dict[str, Any], *, listing: list[Any], packed: str, work: str) -> dict[str, Any]:
     """One part, then its record, whose presence says that the part is whole."""
     files = ray.get(listing[0]).slice(row["start"], row["n"])
-    path, name = storage.locate(packed), storage.part_name(row["part"])
+    name = storage.part_name(row["part"])
     data, reasons, n_bytes = packed_file(files)
-    storage.write_bytes(path / "images" / name, data)
+    storage.write_bytes(storage.locate(packed) / "images" / name, data)
     record = {"bytes": len(data), "rows": files.num_rows, "sha256": hashlib.sha256(data).hexdigest()}
     content = {"file": record, "reasons": reasons, "n_bytes": n_bytes}
-    storage.write_json(_record(path, row["part"]), content)
+    storage.write_json(_record(storage.locate(work), row["part"]), content)
     return {"n": files.num_rows, "n_bad": sum(reasons.values())}
 
 

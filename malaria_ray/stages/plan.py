@@ -26,7 +26,7 @@ from malaria_ray.archives.reading import read_cells, read_files
 from malaria_ray.cells.images import Pixels, decode, resize
 from malaria_ray.cells.patients import file_names
 from malaria_ray.errors import ConfigError, ImageRefused, ModelError, ReadError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, check_model_file, open_engine
+from malaria_ray.models.engines import MODEL_FILE, EngineName, open_engine, read_run_file
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.seeds import check_seed
@@ -100,11 +100,11 @@ def run(config: Config) -> None:
     log.info("%s: %s files listed in %.1f s", archive.url, f"{listing.num_rows:,}", listing_s)
     found = describe(listing)
     sample = choose(listing, config.sample, seed=config.seed)
-    model = run_path / MODEL_FILE[config.engine]
-    check_model_file(model, sha256=trained["files"][model.name]["sha256"])
+    file = MODEL_FILE[config.engine]
+    model = read_run_file(run_path / file, sha256=trained["files"][file]["sha256"])
     measured = measure(
         sample,
-        model.read_bytes(),
+        model,
         engine=config.engine,
         image_size=trained["image_size"],
         batch_size=config.batch_size,

@@ -23,7 +23,7 @@ from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.quality import flags, quality
-from malaria_ray.models.engines import EngineName, Features, Scores, open_engine
+from malaria_ray.models.engines import EngineName, Features, Scores, open_engine, read_run_file
 from malaria_ray.runtime import storage
 from malaria_ray.schema import OK
 from malaria_ray.statistics.calibration import calibrate
@@ -39,6 +39,7 @@ class ScoringPlan:
     """What every scoring actor needs to know."""
 
     model_file: str
+    model_sha256: str
     engine: EngineName
     image_size: int
     batch_size: int
@@ -48,6 +49,7 @@ class ScoringPlan:
     """Of calibrated scores."""
     temperature: float
     novelty_file: str
+    novelty_sha256: str
     model: str
     run_id: str
 
@@ -96,11 +98,11 @@ class Scorer:
 
     def __init__(self, plan: ScoringPlan):
         self.plan = plan
-        model = storage.locate(plan.model_file).read_bytes()
+        model = read_run_file(storage.locate(plan.model_file), sha256=plan.model_sha256)
         self.engine = open_engine(
             plan.engine, model, n_threads=plan.n_threads, batch_size=plan.batch_size, use_gpu=plan.use_gpu
         )
-        self.novelty = Novelty.from_bytes(storage.locate(plan.novelty_file).read_bytes())
+        self.novelty = Novelty.from_bytes(read_run_file(storage.locate(plan.novelty_file), sha256=plan.novelty_sha256))
         self._metrics = _Metrics(plan)
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import tempfile
@@ -17,6 +18,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from rich.table import Table as RichTable
@@ -27,11 +29,11 @@ import malaria_ray
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again, unchanged
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
-from malaria_ray.models.engines import MODEL_FILE, EngineName, check_model_file, gpu_fault
+from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault, read_run_file
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
@@ -165,11 +167,12 @@ def run(config: Config) -> None:
         )
     check_outside(archive, results)
     rule = patient_rule(config.patients, config.patient_pattern)
+    model_file = MODEL_FILE[config.engine_name]
     identity = {
         **archive.identity(),
         **rule.identity,
         "run_id": trained["run_id"],
-        "model_digest": trained["files"][MODEL_FILE[config.engine_name]]["sha256"],
+        "model_digest": trained["files"][model_file]["sha256"],
         "engine": config.engine_name,
         "split": str(config.split),
         "threshold": trained["threshold"],
@@ -191,7 +194,9 @@ def run(config: Config) -> None:
         _print_summary(storage.read_json(results / outputs.SUCCESS))
         return
 
-    check_model_file(run_path / MODEL_FILE[config.engine_name], sha256=identity["model_digest"])
+    read_run_file(run_path / model_file, sha256=trained["files"][model_file]["sha256"])
+    facts_of_run = _facts_of_run(run_path, trained["files"])
+    validation = Validation.from_dict(json.loads(facts_of_run["validation.json"]))
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     listing = _of_split(listing, run_path, config.split)
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
@@ -204,15 +209,17 @@ def run(config: Config) -> None:
     with ray_session():
         connected, connected_at = time.monotonic(), time.time()
         plan = ScoringPlan(
-            model_file=storage.as_url(run_path / MODEL_FILE[config.engine_name]),
+            model_file=storage.as_url(run_path / model_file),
+            model_sha256=trained["files"][model_file]["sha256"],
             engine=config.engine_name,
             image_size=trained["image_size"],
             batch_size=config.batch_size,
             n_threads=config.cpus_per_actor,
             use_gpu=config.gpus_per_actor > 0,
             threshold=trained["threshold"],
-            temperature=_temperature(run_path),
+            temperature=validation.calibration.temperature,
             novelty_file=storage.as_url(run_path / "novelty.npz"),
+            novelty_sha256=trained["files"]["novelty.npz"]["sha256"],
             model=trained["model"],
             run_id=trained["run_id"],
         )
@@ -225,13 +232,14 @@ def run(config: Config) -> None:
             _reopen(results, retried, listing, is_finished=claim is None)
         check_same_listing(outputs.work_of(results, "screen"), listing)
         files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
-        n_scored = _score_all(listing, results, plan, config, pool)
+        with unchanged(listing):
+            n_scored = _score_all(listing, results, plan, config, pool)
         n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
     del listing  # what the driver holds grows with the archive: no more of it than is needed
     scored = time.monotonic()
 
-    _remove_derived(results)
     with _scored_rows(results, n_files) as rows:
+        _remove_derived(results)
         files |= _publish(rows, results)
         counts = _counts(rows)
         rates = _rates(rows, since=connected_at, seconds=scored - connected, n_actors=n_actors) if n_scored else {}
@@ -241,7 +249,7 @@ def run(config: Config) -> None:
             "(the logs of Ray's workers there say which)",
             f"{others:,}",
         )
-    files |= _copy_run(run_path, results)
+    files |= _write_facts(facts_of_run, results)
     _check_bad_fraction(counts, results, config.max_bad_fraction)
     _write_iceberg(config, results)
     outputs.finish(
@@ -267,8 +275,16 @@ def run(config: Config) -> None:
     log.info("results: %s", results)
 
 
-def _temperature(run_path: UPath) -> float:
-    return Validation.from_dict(storage.read_json(run_path / "validation.json")).calibration.temperature
+def _facts_of_run(run_path: UPath, files: dict[str, FileRecord]) -> dict[str, bytes]:
+    """Small files of the run, so that results can be evaluated where the run is not: its splits, history and config.
+
+    Raises: `ModelError` where one of them is not the file that training wrote.
+    """
+    facts = {
+        name: read_run_file(run_path / name, sha256=files[name]["sha256"])
+        for name in ("splits.parquet", "history.parquet", "validation.json")
+    }
+    return facts | {name: (run_path / name).read_bytes() for name in ("config.json", "_SUCCESS.json")}
 
 
 def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"]) -> pa.Table:
@@ -358,6 +374,7 @@ def _score_all(listing: pa.Table, results: UPath, plan: ScoringPlan, config: Con
                 concurrency=None if plan.use_gpu else _WRITERS * pool[1],
             )
         log.debug("%s", dataset.stats())
+        storage.remove(work / "listing")  # done with, and the one place where a signed URL is written whole
     finally:
         context.checkpoint_config = None
     return n_left
@@ -428,6 +445,18 @@ def _scored_rows(results: UPath, n_files: int) -> Iterator[duckdb.DuckDBPyConnec
             log.info("%s files were scored twice; the first row of each is kept", f"{n_rows - n_files:,}")
             rows.execute("CREATE TABLE once AS SELECT DISTINCT ON (key) * FROM scored ORDER BY key, scored_at")
             rows.execute("DROP TABLE scored; ALTER TABLE once RENAME TO scored")
+        with (results / "listing.parquet").open("rb") as file:
+            listed = pq.ParquetFile(file)
+            schema = pa.schema([listed.schema_arrow.field(name) for name in ("key", "image_id")])
+            batches = listed.iter_batches(columns=schema.names)
+            rows.register("listing", pa.RecordBatchReader.from_batches(schema, batches))
+            [n_same] = _one(rows, "SELECT count(*) FROM listing JOIN scored USING (key, image_id)")
+            rows.unregister("listing")
+        if n_same != n_files:
+            raise InvariantError(
+                f"{n_files - n_same:,} of {n_files:,} rows have another name than the listing; {results} is not "
+                "published: the archive was changed while it was read, --overwrite begins again"
+            )
         yield rows
 
 
@@ -550,12 +579,11 @@ def _of_refused(name: str) -> str:
     return known.get(name, "NULL") + f" AS {name}"
 
 
-def _copy_run(run_path: UPath, results: UPath) -> dict[str, FileRecord]:
-    """Small facts of the run, so that results can be evaluated where the run is not: its splits, history and config."""
+def _write_facts(facts: dict[str, bytes], results: UPath) -> dict[str, FileRecord]:
     files: dict[str, FileRecord] = {}
-    for name in ("splits.parquet", "history.parquet", "validation.json", "config.json", "_SUCCESS.json"):
+    for name, data in facts.items():
         target = results / "model" / name.lstrip("_")
-        storage.write_bytes(target, (run_path / name).read_bytes())
+        storage.write_bytes(target, data)
         files[f"model/{target.name}"] = storage.record_of(target)
     return files
 
@@ -623,8 +651,8 @@ def _check_bad_fraction(counts: dict[str, Any], results: UPath, allowed: float) 
             f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used "
             f"({counts['quarantine_reasons']}), more than "
             f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then run again with "
-            "--retry-quarantined unreadable (all, where files were corrected), or with a larger fraction, which scores "
-            "nothing anew"
+            "--retry-quarantined unreadable (all, where files of a folder were corrected; a mended .zip, .tar or "
+            ".parquet is another archive), or with a larger fraction, which scores nothing anew"
         )
 
 

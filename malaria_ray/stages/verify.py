@@ -64,7 +64,7 @@ def _file_faults(path: UPath, files: dict[str, Any]) -> Iterator[str]:
             continue
         try:
             found = storage.record_of(file)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             yield f"{name} cannot be read ({' '.join(str(error).split())[:80]})"
             continue
         if found != record:
@@ -115,10 +115,10 @@ def _count_faults(path: UPath, counts: dict[str, Any]) -> Iterator[str]:
     for name, files in parts.items():
         try:
             n = sum(storage.n_rows(file) for file in files)
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowException, OSError):
             continue  # told by its record already
-        if n != counts[name]:
-            yield f"{outputs.SUCCESS} says {name} {counts[name]:,}, the tables have {n:,}"
+        if n != (told := counts.get(name)):
+            yield f"{outputs.SUCCESS} says {name} {told}, the tables have {n:,}"
 
 
 def _packed_faults(path: UPath) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _schema_faults(folder: UPath, table: Table) -> Iterator[str]:
     for part in storage.parts(folder):
         try:
             schema = storage.read_table(part).schema
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowException, OSError):
             continue  # told by its record already
         # An older version wrote fewer columns: they are added at the end alone.
         if schema.names != table.names[: max(1, len(schema.names))]:
@@ -165,7 +165,7 @@ def _ids(file: UPath, **more: bool) -> pa.Table | None:
     """The image ids of a table, with more columns; None where it cannot be read, which its record has told already."""
     try:
         return storage.read_table(file, columns=["image_id", *more])
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowException, OSError):
         return None
 
 

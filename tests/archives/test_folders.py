@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pytest
@@ -17,7 +18,7 @@ from malaria_ray.archives import open_archive, reading
 from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells, read_files
-from malaria_ray.errors import ArchiveError, ConfigError
+from malaria_ray.errors import ArchiveError, ConfigError, ReadError
 from malaria_ray.runtime import storage
 from malaria_ray.stages.pack import part_bounds
 
@@ -282,6 +283,19 @@ def test_folder_behind_http_is_its_files_whose_sizes_are_not_known() -> None:
     assert table["status"].to_pylist() == ["ok"] * len(IMAGES)
     assert table["n_bytes"].to_pylist() == [len(IMAGES[name]) for name in sorted(IMAGES)]
     assert len(part_bounds(listing, 2 * reading.UNKNOWN_BYTES)) == 3
+
+
+def test_names_behind_http_are_those_of_the_folder() -> None:
+    files = {"with space#1.png": samples.noise(1), "100%.png": samples.noise(2), "Größe.png": samples.noise(3)}
+    links = [quote(name) for name in files] + ["%ff.png"]
+    pages = {"/cells": index("/", links), "/cells/": index("/", links)}
+    with serve(Site(pages | {f"/cells/{quote(name)}": data for name, data in files.items()})) as site:
+        listing = list_archive(open_archive(f"{site.url}/cells/"))
+        found = dict(zip(listing["image_id"].to_pylist(), read_files(listing), strict=True))
+    refused = found.pop("%ff.png")
+    assert found == files
+    assert isinstance(refused, ReadError)
+    assert "whose name is not UTF-8" in refused.detail
 
 
 def test_files_of_unknown_size_are_not_all_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

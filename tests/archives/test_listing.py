@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
+import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malaria_ray.archives import open_archive
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards, unchanged
 from malaria_ray.errors import ArchiveError, PatientMappingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
@@ -216,3 +218,52 @@ def test_other_images_of_the_same_names_are_another_archive(tmp_path: Path, kind
     write([bytes(range(i, i + 50)) for i in range(len(NAMES))])
     with pytest.raises(ArchiveError, match="the archive changed since the output was begun"):
         check_same_listing(work, list_archive(open_archive(str(archive))))
+
+
+def packed_as(kind: str, names: list[str]) -> bytes:
+    """The images in this order, all of one size, so that only their order tells one file from the other."""
+    images = {name: samples.noise(i) for i, name in enumerate(sorted(names))}
+    buffer = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in names:
+                archive.writestr(name, images[name])
+    elif kind == "tar":
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(images[name])
+                archive.addfile(info, io.BytesIO(images[name]))
+    else:
+        pq.write_table(pa.table({"image_id": names, "image": [images[name] for name in names]}), buffer)
+    return buffer.getvalue()
+
+
+def read_while(change: Callable[[], object], url: str) -> None:
+    with unchanged(list_archive(open_archive(url))):
+        change()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "parquet"])
+def test_an_archive_that_is_replaced_while_it_is_read_is_found(tmp_path: Path, s3: Any, kind: str) -> None:
+    on_disk, names = tmp_path / f"cells.{kind}", [f"{i}.png" for i in range(8)]
+    on_disk.write_bytes(packed_as(kind, names))
+    read_while(on_disk.read_bytes, str(on_disk))
+    with pytest.raises(ArchiveError, match=f"{on_disk} was replaced while it was read; run again"):
+        read_while(lambda: on_disk.write_bytes(packed_as(kind, names[::-1])), str(on_disk))
+
+    def put(order: list[str]) -> None:
+        s3.put_object(Bucket="cells-bucket", Key=f"shards/1.{kind}", Body=packed_as(kind, order))
+
+    put(names)
+    url = f"s3://cells-bucket/shards/1.{kind}" if kind == "zip" else "s3://cells-bucket/shards"
+    read_while(lambda: None, url)
+    with pytest.raises(ArchiveError, match=f"1.{kind} was replaced while it was read"):
+        read_while(lambda: put(names[::-1]), url)
+    with pytest.raises(ArchiveError, match=f"1.{kind} cannot be looked at: .*; check that it is still there"):
+        read_while(lambda: s3.delete_object(Bucket="cells-bucket", Key=f"shards/1.{kind}"), url)
+
+
+def test_a_file_of_a_folder_may_be_replaced_for_it_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(samples.noise(1))
+    read_while(lambda: (tmp_path / "a.png").write_bytes(samples.noise(2)), str(tmp_path))

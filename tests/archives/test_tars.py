@@ -53,6 +53,16 @@ def test_every_name_is_read_and_named_as_it_is(tmp_path: Path, kind: int) -> Non
     assert dict(zip(listing["image_id"].to_pylist(), read_files(listing), strict=True)) == files
 
 
+def test_a_tar_of_the_folder_where_it_was_made_has_the_folders_names(tmp_path: Path) -> None:
+    """As `tar -C cells -cf cells.tar .` writes it; a sidecar file's name too."""
+    files = {"./": b"", "./Parasitized/": b"", "./Parasitized/a.png": PNG, "./b.png": OTHER, "./b.cls": b"1"}
+    (tmp_path / "cells.tar").write_bytes(tar_of(files))
+    assert [(row["image_id"], row["label"]) for row in listed(tmp_path / "cells.tar")] == [
+        ("Parasitized/a.png", 1),
+        ("b.png", 1),
+    ]
+
+
 def test_what_is_no_image_is_a_row_with_its_reason(tmp_path: Path) -> None:
     files = {"Thumbs.db": samples.THUMBS_DB, "empty.png": b"", "a.png": PNG, "cut.png": PNG[:99], "z.png": OTHER}
     (tmp_path / "cells.tar").write_bytes(tar_of(files))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError
+from malaria_ray.errors import ConfigError, DirectoryError, InvariantError, NotCompleteError
 from malaria_ray.runtime import lease, outputs, storage
 from malaria_ray.schema import PREDICTIONS
 
@@ -336,3 +336,55 @@ def test_after_overwrite_what_an_earlier_worker_still_writes_is_nobodys(on_disk:
     after = outputs.work_of(on_disk, "ingest")
     assert before != after
     assert before.parent == after.parent == on_disk / outputs.WORK
+
+
+def test_killed_behind_its_end_a_directory_is_finished_and_the_next_run_tidies_up(path: UPath) -> None:
+    prepare(path)
+    finish(path)
+    storage.write_bytes(path / "_work" / "deep" / "part", b"x")
+    assert prepare(path) is False
+    assert tree(path) == ["_SUCCESS.json", "config.json"]
+
+
+def test_work_is_there_until_the_directory_is_finished(path: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(path)
+    storage.write_bytes(path / "_work" / "part", b"x")
+
+    def killed(file: UPath, content: dict) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish(path)
+    assert tree(path) == ["_work/part", "config.json"]
+
+
+def test_a_directory_that_was_finished_since_it_was_claimed_is_left_alone(path: UPath) -> None:
+    prepare(path)
+    identity = {"archive": "cells.zip", "image_size": 125}
+    claim = outputs.claim(path, stage="ingest", config=Config(), identity=identity, overwrite=False)
+    assert claim is not None
+    finish(path)
+    before = tree(path)
+    with pytest.raises(DirectoryError, match="was finished by another process meanwhile; run again to see it"):
+        claim.begin()
+    assert tree(path) == before
+
+
+@pytest.mark.parametrize("spoil", ["removed", "rewritten"])
+@pytest.mark.parametrize("name", ["top.json", "crops/part-00000.parquet"])
+def test_files_that_do_not_lie_there_as_written_are_not_published(path: UPath, name: str, spoil: str) -> None:
+    prepare(path)
+    storage.write_bytes(path / name, b"as written")
+    records = {name: storage.FileRecord(bytes=10, rows=0, sha256="")}
+    if spoil == "removed":
+        storage.remove(path / name)
+        storage.write_bytes((path / name).with_name("other"), b"x")
+    else:
+        storage.write_bytes(path / name, b"by another")
+        storage.write_bytes(path / name, b"by another process")
+    with pytest.raises(InvariantError, match=f"{name} has (no|18) bytes, 10 were written: something else"):
+        outputs.finish(path, counts={}, files=records, timings={})
+    assert not (path / outputs.SUCCESS).exists()
+    storage.write_bytes(path / name, b"as written")
+    outputs.finish(path, counts={}, files=records, timings={})

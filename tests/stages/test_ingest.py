@@ -2,23 +2,26 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 from stages.conftest import IMAGE_SIZE, Line, content, write_archive
 from stages.killing import run_and_kill
+from upath import UPath
 
 from malaria_ray import demo
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.cells.images import resize
 from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, InvariantError, TooManyBadImagesError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import MANIFEST, QUARANTINE
 from malaria_ray.stages import compare, evaluate, ingest, pack, plan, screen, verify
 
@@ -173,14 +176,18 @@ def test_a_seed_that_numpy_or_keras_refuses_is_told_at_once(seed: int):
 def test_killed_in_the_middle_and_run_again_it_ends_right(tmp_path: Path):
     archive = write_archive(tmp_path / "cells.zip", n_patients=40, n_cells_per_patient=60, n_copies=4)
     flags = ["ingest", str(archive), str(tmp_path / "killed"), "--image-size", str(IMAGE_SIZE)]
-    run_and_kill(flags, when=tmp_path / "killed/_work/manifest/part-*.parquet")
-    n_finished = len(list((tmp_path / "killed/_work/manifest").glob("part-*.parquet")))
+    run_and_kill(flags, when=tmp_path / "killed/_work/*/manifest/part-*.parquet")
+    n_finished = len(list((tmp_path / "killed").glob("_work/*/manifest/part-*.parquet")))
     assert 0 < n_finished < 10, "of 10 parts"
     assert not (tmp_path / "killed/_SUCCESS.json").exists()
     killed = ingest_of(archive, tmp_path / "killed")
     undisturbed = ingest_of(archive, tmp_path / "undisturbed")
     pd.testing.assert_frame_equal(killed, undisturbed)
     verify.run(verify.Config(directory=str(tmp_path / "killed")))
+
+
+def work_of(dataset: Path) -> UPath:
+    return outputs.work_of(storage.locate(str(dataset)), "ingest")
 
 
 def stopped_before_publishing(archive: Path, dataset: Path) -> None:
@@ -195,7 +202,7 @@ def stopped_before_publishing(archive: Path, dataset: Path) -> None:
 
 def test_what_a_killed_write_left_is_no_record(line: Line, tmp_path: Path):
     stopped_before_publishing(line.archive, tmp_path / "dataset")
-    (tmp_path / "dataset/_work/records/.0123456789abcdef.tmp").write_text('{"crops/part-00')
+    (work_of(tmp_path / "dataset") / "records/.0123456789abcdef.tmp").write_text('{"crops/part-00')
     pd.testing.assert_frame_equal(
         ingest_of(line.archive, tmp_path / "dataset"), pq.read_table(line.dataset / "manifest.parquet").to_pandas()
     )
@@ -206,7 +213,7 @@ def test_a_shard_is_not_finished_before_its_record_is_written(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     stopped_before_publishing(line.archive, tmp_path / "dataset")
-    work = tmp_path / "dataset/_work"
+    work = work_of(tmp_path / "dataset")
     shutil.rmtree(work / "manifest")
     listing = list_archive(open_archive(str(line.archive)), patients={}, pattern=None)
 
@@ -216,23 +223,35 @@ def test_a_shard_is_not_finished_before_its_record_is_written(
     monkeypatch.setattr(storage, "write_json", full)
     with pytest.raises(OSError, match="No space"):
         ingest._decode_shard(
-            {"shard": 0}, listing=[ray.put(listing)], dataset=str(tmp_path / "dataset"), image_size=IMAGE_SIZE
+            {"shard": 0},
+            listing=[ray.put(listing)],
+            dataset=str(tmp_path / "dataset"),
+            work=str(work),
+            image_size=IMAGE_SIZE,
         )
     assert not (work / "manifest").exists()
 
 
-def test_rows_that_another_ingest_took_away_are_not_published_as_a_short_dataset(
-    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def one_twice(rows: pa.Table) -> pa.Table:
+    return pa.concat_tables([rows.slice(1), rows.slice(1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda rows: rows.slice(1), "239 rows of 240 files"), (one_twice, "239 of them of these files")],
+)
+def test_rows_that_are_not_those_of_the_listing_are_not_published(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[pa.Table], pa.Table], said: str
 ):
     def decode_and_lose(listing, dataset, **kwargs):
         n = decode_all(listing, dataset, **kwargs)
-        part = dataset / "_work" / "manifest" / "part-00000.parquet"
-        storage.write_table(part, storage.read_table(part).slice(1))
+        part = outputs.work_of(dataset, "ingest") / "manifest" / "part-00000.parquet"
+        storage.write_table(part, change(storage.read_table(part)))
         return n
 
     decode_all = ingest._decode_all
     monkeypatch.setattr(ingest, "_decode_all", decode_and_lose)
-    with pytest.raises(InvariantError, match="239 rows of 240 files .* is not published: if another ingest"):
+    with pytest.raises(InvariantError, match=f"{said}.* is not published: keep it"):
         ingest_of(line.archive, tmp_path / "dataset")
     assert not (tmp_path / "dataset/_SUCCESS.json").exists()
 
@@ -255,7 +274,7 @@ def test_a_resumed_run_refuses_an_archive_that_changed(line: Line, copy_of, tmp_
     ingest_of(archive, tmp_path / "dataset")
     (tmp_path / "dataset/_SUCCESS.json").unlink()
     listing = {"n_files": 1, "digest": "of another archive"}
-    storage.write_json(storage.locate(str(tmp_path / "dataset/_work/listing.json")), listing)
+    storage.write_json(work_of(tmp_path / "dataset") / "listing.json", listing)
     with pytest.raises(ArchiveError, match="the archive changed"):
         ingest_of(archive, tmp_path / "dataset")
 

@@ -11,7 +11,15 @@ import pytest
 from stages.conftest import IMAGE_SIZE, Line, content, write_archive
 from stages.killing import run_and_kill
 
-from malaria_ray.errors import ConfigError, DirectoryError, ModelError, NotCompleteError, TooManyBadImagesError
+from malaria_ray.errors import (
+    ArchiveError,
+    ConfigError,
+    DirectoryError,
+    InvariantError,
+    ModelError,
+    NotCompleteError,
+    TooManyBadImagesError,
+)
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import PREDICTIONS, QualityFlag
 from malaria_ray.stages import ingest, ledger, screen, verify
@@ -153,6 +161,69 @@ def test_a_model_file_that_was_exchanged_is_refused(line: Line, copy_of, tmp_pat
     (run / "model.onnx").write_bytes((run / "model.onnx").read_bytes() + b"x")
     with pytest.raises(ModelError, match="not the file that training wrote"):
         screen_of(line.archive, tmp_path / "results", run)
+
+
+@pytest.mark.parametrize("name", ["novelty.npz", "validation.json", "splits.parquet", "history.parquet"])
+def test_another_file_of_the_run_that_was_exchanged_is_refused(line: Line, copy_of, tmp_path: Path, name: str):
+    run = copy_of(line.run)
+    (run / name).write_bytes((run / name).read_bytes() + b" ")
+    with pytest.raises(ModelError, match=f"{name} is not the file that training wrote"):
+        screen_of(line.archive, tmp_path / "results", run)
+
+
+def test_a_model_that_is_exchanged_while_its_scorers_start_scores_nothing(
+    line: Line, copy_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = copy_of(line.run)
+
+    def exchange(config):
+        (run / "model.onnx").write_bytes((run / "model.onnx").read_bytes() + b"x")
+        return pool(config)
+
+    pool = screen._pool
+    monkeypatch.setattr(screen, "_pool", exchange)
+    with pytest.raises(ModelError, match=r"model.onnx is not the file that training wrote"):
+        screen_of(line.archive, tmp_path / "results", run)
+
+
+def test_an_archive_replaced_in_mid_run_is_not_published_and_the_same_one_goes_on(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    archive, results = Path(shutil.copy(line.archive, tmp_path / "cells.zip")), tmp_path / "results"
+
+    def replace_behind(*args):
+        n = score_all(*args)
+        if n:
+            archive.write_bytes(archive.read_bytes())
+        return n
+
+    score_all = screen._score_all
+    monkeypatch.setattr(screen, "_score_all", replace_behind)
+    with pytest.raises(ArchiveError, match=r"cells.zip was replaced while it was read; run again"):
+        screen_of(archive, results, line.run)
+    assert not (results / "_SUCCESS.json").exists()
+    pd.testing.assert_frame_equal(screen_of(archive, results, line.run), predictions_of(line.results))
+    assert storage.read_json(storage.locate(str(results / "_SUCCESS.json")))["timings"]["images_scored"] == 0
+
+
+def test_rows_under_other_names_than_listed_are_not_published(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    results = tmp_path / "results"
+
+    def exchange_two_names(*args):
+        n = score_all(*args)
+        work = outputs.work_of(storage.locate(str(results)), "screen")
+        file = next(iter(ledger.committed_files(work).values()))
+        rows = storage.read_table(file)
+        storage.write_table(file, rows.set_column(0, "image_id", rows["image_id"].take([1, 0, *range(2, len(rows))])))
+        return n
+
+    score_all = screen._score_all
+    monkeypatch.setattr(screen, "_score_all", exchange_two_names)
+    with pytest.raises(InvariantError, match="2 of 240 rows have another name than the listing; .* is not published"):
+        screen_of(line.archive, results, line.run)
+    assert not (results / "predictions").exists()
 
 
 def test_a_dataset_of_another_image_size_is_refused(line: Line, tmp_path: Path):

@@ -82,6 +82,7 @@ def test_a_config_or_count_changed_by_hand_is_found(line: Line, copy_of):
     for name, was, now, said in (
         ("run.json", '"threshold": 0.5', '"threshold": 0.1', "run.json was changed"),
         ("_SUCCESS.json", '"n_scored": 240', '"n_scored": 999', "says n_scored 999, the tables have 240"),
+        ("_SUCCESS.json", '"n_scored": 240', '"n_scared": 240', "says n_scored None, the tables have 240"),
     ):
         text = (results / name).read_text()
         assert was in text
