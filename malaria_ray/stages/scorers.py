@@ -23,6 +23,7 @@ from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.quality import flags, quality
+from malaria_ray.errors import MalariaRayError
 from malaria_ray.models.engines import EngineName, Features, Scores, open_engine, read_run_file
 from malaria_ray.runtime import storage
 from malaria_ray.schema import OK
@@ -98,14 +99,21 @@ class Scorer:
 
     def __init__(self, plan: ScoringPlan):
         self.plan = plan
-        model = read_run_file(storage.locate(plan.model_file), sha256=plan.model_sha256)
-        self.engine = open_engine(
-            plan.engine, model, n_threads=plan.n_threads, batch_size=plan.batch_size, use_gpu=plan.use_gpu
-        )
-        self.novelty = Novelty.from_bytes(read_run_file(storage.locate(plan.novelty_file), sha256=plan.novelty_sha256))
+        self._fault: MalariaRayError | None = None
+        try:
+            model = read_run_file(storage.locate(plan.model_file), sha256=plan.model_sha256)
+            self.engine = open_engine(
+                plan.engine, model, n_threads=plan.n_threads, batch_size=plan.batch_size, use_gpu=plan.use_gpu
+            )
+            novelty = read_run_file(storage.locate(plan.novelty_file), sha256=plan.novelty_sha256)
+            self.novelty = Novelty.from_bytes(novelty)
+        except MalariaRayError as error:  # told by the first block: of a constructor's error Ray passes on but a text
+            self._fault = error
         self._metrics = _Metrics(plan)
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        if self._fault is not None:
+            raise self._fault
         is_decoded, plan = "image" in block.column_names, self.plan
         pieces = [_unpacked(block, plan)] if is_decoded else _pieces(block, plan.image_size, plan.batch_size)
         return pa.concat_tables([self._score(piece) for piece in pieces])
