@@ -12,6 +12,8 @@ from malaria_ray import cli
 
 N_FOLDS = 5
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 dataset, runs, results = sys.argv[1:]
 recipe = f"--model cnn --augment on --epochs 8 --patience 0 --folds {N_FOLDS} --seed 42"
 for fold in range(1, N_FOLDS + 1):

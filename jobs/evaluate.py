@@ -10,5 +10,7 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 1:
+    sys.exit(__doc__)
 results, *flags = sys.argv[1:]
 sys.exit(cli.main(["evaluate", results, *flags]))

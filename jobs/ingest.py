@@ -10,5 +10,7 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 2:
+    sys.exit(__doc__)
 archive, dataset, *flags = sys.argv[1:]
 sys.exit(cli.main(["ingest", archive, dataset, *flags]))

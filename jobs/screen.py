@@ -10,5 +10,7 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 3:
+    sys.exit(__doc__)
 source, results, model, *flags = sys.argv[1:]
 sys.exit(cli.main(["screen", source, results, "--model", model, *flags]))

@@ -11,6 +11,8 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 3:
+    sys.exit(__doc__)
 incoming, prefix, model, *flags = sys.argv[1:]
 results = f"{prefix.rstrip('/')}/{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
 sys.exit(cli.main(["screen", incoming, results, "--model", model, *flags]))

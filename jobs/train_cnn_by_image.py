@@ -10,6 +10,8 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 2:
+    sys.exit(__doc__)
 dataset, run, *flags = sys.argv[1:]
 recipe = "--model cnn --augment on --split-by image --epochs 20 --patience 0 --seed 42"
 sys.exit(cli.main(["train", dataset, run, *recipe.split(), *flags]))

@@ -10,6 +10,8 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 3:
+    sys.exit(__doc__)
 dataset, run, frozen, *flags = sys.argv[1:]
 recipe = "--model vgg19-finetuned --split-by image --precision bf16 --batch-size 32 --epochs 3 --seed 42"
 sys.exit(cli.main(["train", dataset, run, "--init-from", frozen, *recipe.split(), *flags]))

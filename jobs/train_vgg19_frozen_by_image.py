@@ -10,6 +10,8 @@ import sys
 
 from malaria_ray import cli
 
+if len(sys.argv) <= 3:
+    sys.exit(__doc__)
 dataset, run, weights, *flags = sys.argv[1:]
 recipe = "--model vgg19-frozen --split-by image --seed 42"
 sys.exit(cli.main(["train", dataset, run, "--weights", weights, *recipe.split(), *flags]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -47,6 +48,13 @@ _MODULES = {  # of the commands that are no stage
 }
 
 
+_REFUSED = {  # by the system, to whoever may not write there
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check that you may write there"),
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 1 failed, 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -77,10 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
-        print(
-            f"malaria-ray {command}: {_unexpected(error)}; --debug shows where",
-            file=sys.stderr,
-        )
+        print(f"malaria-ray {command}: {_unexpected(error)}", file=sys.stderr)
         return 1
 
 
@@ -128,10 +133,14 @@ class _Formatter(logging.Formatter):
 
 def _unexpected(error: BaseException) -> str:
     """An error that is not ours: Ray puts whole tracebacks into its messages, whose last line is what was raised."""
+    if isinstance(error, OSError) and error.filename and error.errno in _REFUSED:
+        what = f"{error.filename}: {error.strerror or 'refused'}"
+        return printable(f"{without_secrets(what)}; {_REFUSED[error.errno]}, or choose another place, then run again")
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines:
-        return type(error).__name__
-    return printable(f"{type(error).__name__}: {without_secrets(' '.join(lines[-1].split()))[:400]}")
+        return f"{type(error).__name__}; --debug shows where"
+    said = without_secrets(" ".join(lines[-1].split()))[:400]
+    return printable(f"{type(error).__name__}: {said}; --debug shows where")
 
 
 def _one_line(error: BaseException) -> str:

@@ -107,11 +107,11 @@ def _tree_here() -> Path | None:
 
 
 def _check_paths(command: str, config: Any) -> None:
-    """Raises: `ConfigError` for the first relative path. A default, as 'imagenet', is none of the user's."""
+    """Raises: `ConfigError` for the first relative path. A default is none of the user's, 'imagenet' no path."""
     defaults = {field.name: field.default for field in fields(config)}
     for name in _PATHS:
         given = getattr(config, name, None)
-        if given == defaults.get(name) or (command, name) == ("train", "model"):
+        if given in (defaults.get(name), "imagenet") or (command, name) == ("train", "model"):
             continue
         for value in given if isinstance(given, tuple) else (given,):
             is_name = value == "nih" and name in ("archive", "source")

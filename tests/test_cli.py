@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import samples
 
+from malaria_ray import cli
 from malaria_ray.schema import TABLES, Reason
 
 
@@ -66,6 +69,31 @@ def test_a_failure_is_one_line_that_says_what_to_do(tmp_path: Path, arguments: l
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists(), "nothing is written where nothing could be done"
+
+
+def test_where_nothing_may_be_written_it_is_said_without_an_exceptions_name(tmp_path: Path):
+    archive = tmp_path / "cells"
+    archive.mkdir()
+    (archive / "a.png").write_bytes(samples.noise(1))
+    done = malaria_ray("ingest", str(archive), "/sys/dataset", "--image-size", "16")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("malaria-ray ingest: /sys/")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_the_system_refuses_is_told_with_what_to_do(code: int):
+    said = cli._unexpected(OSError(code, os.strerror(code), "/data/out"))
+    assert said.startswith(f"/data/out: {os.strerror(code)}; ")
+    assert said.endswith(", or choose another place, then run again")
+
+
+@pytest.mark.parametrize("job", sorted(Path("jobs").glob("*.py")), ids=lambda job: job.stem)
+def test_a_job_without_arguments_says_what_it_takes(job: Path):
+    done = subprocess.run([sys.executable, str(job)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"python {job}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_debug_adds_the_traceback():

@@ -44,7 +44,7 @@ NOBODY = ["--address", closed_url()]
         (["--", "query", "/r", "SELECT 1", "--format", "csv", "--output", "a.csv"], 1, "output 'a.csv' is relative"),
         (["--", "train", "/d", "/r", "--model", "vgg19-frozen", "--weights", "w.h5"], 1, "weights 'w.h5' is relative"),
         (["--", "train", "/d", "/r", "--model", "vgg19-finetuned", "--init-from", "i"], 1, "init_from 'i' is relative"),
-        (["--", "train", "/d", "/r", "--model", "cnn", "--weights", "imagenet"], 1, "no cluster answers at"),
+        (["--", "train", "/d", "/r", "--model", "vgg19-frozen", "--weights", "imagenet"], 1, "no cluster answers at"),
         (["--", "compare", "/r", "/q"], 1, "no cluster answers at"),
         (["--", "query", "/r", "SELECT 1"], 1, "no cluster answers at"),
         (["--", "explain", "/r", "--image-ids", "a.png"], 1, "no cluster answers at"),

@@ -69,5 +69,12 @@ def open_archive(url: str) -> Archive:
         raise ArchiveError(f"{url} is not there; {_ALLOWED}")
     if not is_folder:
         raise ArchiveError(f"{url} is a file of an unknown kind; {_ALLOWED}")
-    stages: dict[str | None, Callable[[UPath], Archive]] = {"ingest": DatasetArchive, "pack": PackedArchive}
-    return stages.get(outputs.stage_of(path), FolderArchive)(path)
+    stages: dict[str | None, Callable[[UPath], Archive]] = {
+        "ingest": DatasetArchive,
+        "pack": PackedArchive,
+        None: FolderArchive,
+    }
+    stage = outputs.stage_of(path)
+    if stage not in stages:
+        raise ArchiveError(f"{url} was made by 'malaria-ray {stage}' and its pictures are no cells; {_ALLOWED}")
+    return stages[stage](path)

@@ -56,7 +56,13 @@ def locate(url: str | UPath) -> UPath:
             "(pip install 'malaria-ray[s3]' for s3://, 'malaria-ray[gcs]' for gs://)"
         ) from error
     path.fs.dircache.use_listings_cache = False  # else a folder once listed never shows what other processes write
-    return path.absolute() if is_local(path) else path
+    return _plain(path.absolute()) if is_local(path) else path
+
+
+def _plain(path: UPath) -> UPath:
+    """The path without its `..`, where that is the same file: behind a link it may be another."""
+    plain = os.path.normpath(path.path)
+    return UPath(plain) if os.path.realpath(plain) == os.path.realpath(path.path) else path
 
 
 def is_local(path: UPath) -> bool:

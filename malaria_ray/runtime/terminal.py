@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -102,10 +102,15 @@ def _lines(what: str, total: int, unit: str) -> Report:
             unit,
             rate,
             ending,
-            f" {note}" if note else "",
+            f", {note}" if note else "",
         )
 
     return report
+
+
+def counted(numbers: Mapping[str, int]) -> str:
+    """Numbers of things by their names, in a line of text."""
+    return ", ".join(f"{name} {n:,}" for name, n in numbers.items())
 
 
 def folded(table: Table) -> Table:

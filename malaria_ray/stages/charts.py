@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from numpy.typing import ArrayLike
 
 WIDTH, HEIGHT = 420, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 42
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -247,7 +247,7 @@ def _model(connection: duckdb.DuckDBPyConnection, one: Results, common: pd.DataF
         "name": one.name,
         "model": one.success["model"],
         "run_id": one.success["run_id"],
-        "threshold": one.success["threshold"],
+        "threshold": f"{one.success['threshold']:g}",
         "engine": one.run["identity"]["engine"],
         "split": one.run["identity"]["split"],
         "split_by": training.get("split_by", ""),

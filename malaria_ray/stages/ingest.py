@@ -79,11 +79,11 @@ def run(config: Config) -> None:
     """Makes the dataset; does nothing where it is finished; goes on where an earlier run of the same config stopped."""
     begun = time.monotonic()
     dataset = storage.locate(config.dataset)
+    rule = patient_rule(config.patients, config.patient_pattern)  # before an archive that may be a download
     archive = open_archive(config.archive)
     if isinstance(archive, DatasetArchive):
         raise ArchiveError(f"{config.archive} is a dataset already; ingest reads archives of image files")
     check_outside(archive, dataset)
-    rule = patient_rule(config.patients, config.patient_pattern)
     identity = {
         **archive.identity(),
         "image_size": config.image_size,

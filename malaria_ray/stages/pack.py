@@ -33,7 +33,7 @@ from malaria_ray.cells.images import content_digest
 from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
-from malaria_ray.runtime.terminal import console, progress
+from malaria_ray.runtime.terminal import console, counted, progress
 from malaria_ray.schema import LISTING, OK, PACKED, Reason
 
 log = logging.getLogger("malaria_ray")
@@ -74,11 +74,11 @@ def run(config: Config) -> None:
     """
     begun = time.monotonic()
     packed = storage.locate(config.packed)
+    rule = patient_rule(config.patients, config.patient_pattern)  # before an archive that may be a download
     archive = open_archive(config.archive)
     if isinstance(archive, DatasetArchive):
         raise ArchiveError(f"{config.archive} is a dataset already; pack takes archives of image files")
     check_outside(archive, packed)
-    rule = patient_rule(config.patients, config.patient_pattern)
     identity = {**archive.identity(), **rule.identity, "part_mb": config.part_mb}
     claim = outputs.claim(
         packed,
@@ -109,7 +109,7 @@ def run(config: Config) -> None:
     n_bad = sum(counts["reasons"].values())
     if n_bad / counts["n_files"] > config.max_bad_fraction:
         raise TooManyBadImagesError(
-            f"{n_bad:,} of {counts['n_files']:,} files cannot be read ({counts['reasons']}), more than "
+            f"{n_bad:,} of {counts['n_files']:,} files cannot be read ({counted(counts['reasons'])}), more than "
             f"--max-bad-fraction {config.max_bad_fraction}; correct the archive and run again, which tries those anew"
         )
     files = {f"images/{storage.part_name(part)}": record["file"] for part, record in enumerate(records)}

@@ -87,6 +87,7 @@ def run(config: Config) -> None:
     results = open_results(config.directories)
     connection = connect(results)
     try:
+        _check_only_asks(connection, config.sql)
         answer = connection.sql(config.sql)
         if answer is None:
             raise QueryError("the SQL holds no statement; give one in quotes, or --example NAME")
@@ -96,6 +97,15 @@ def run(config: Config) -> None:
             _write(connection, answer, config.format, config.output)
     except duckdb.Error as error:
         raise QueryError(_explained(error, absent_views(results))) from error
+
+
+def _check_only_asks(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Raises: `QueryError` for what writes files: a slip of the pen must not cost results."""
+    writing = {duckdb.StatementType.COPY, duckdb.StatementType.EXPORT}
+    for statement in connection.extract_statements(sql):
+        if statement.type in writing:
+            what = statement.type.name
+            raise QueryError(f"{what} writes files; give the SELECT alone, --output FILE writes its answer")
 
 
 def _explained(error: duckdb.Error, absent: dict[str, str]) -> str:

@@ -47,7 +47,7 @@ class Config:
     thumbnails: int = 24
     """Cells that each gallery shows at most."""
     grad_cam: bool = True
-    """Show beside each cell where the model looked; needs the run where it was when it scored the images."""
+    """Where the model looked, beside each cell, for which the run must be where it was: leave it out."""
     overwrite: bool = False
     """Write the report anew where it is there."""
 

@@ -38,7 +38,7 @@ from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
-from malaria_ray.runtime.terminal import console, progress
+from malaria_ray.runtime.terminal import console, counted, progress
 from malaria_ray.schema import LISTING, OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
 from malaria_ray.stages import ledger
 from malaria_ray.stages.scorers import Scorer, ScoringPlan, decode_block
@@ -649,7 +649,7 @@ def _check_bad_fraction(counts: dict[str, Any], results: UPath, allowed: float) 
     if counts["n_quarantined"] / counts["n_files"] > allowed:  # 0.29 of 100 is 28.999… in floating point
         raise TooManyBadImagesError(
             f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used "
-            f"({counts['quarantine_reasons']}), more than "
+            f"({counted(counts['quarantine_reasons'])}), more than "
             f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then run again with "
             "--retry-quarantined unreadable (all, where files of a folder were corrected; a mended .zip, .tar or "
             ".parquet is another archive), or with a larger fraction, which scores nothing anew"

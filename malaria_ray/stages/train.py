@@ -74,8 +74,9 @@ class Config:
     learning_rate: float | None = None
     """By default the article's: 1e-3 (Adam) for cnn, 1e-4 and 1e-5 (RMSprop) for vgg19-frozen and vgg19-finetuned.
     Halved after two epochs without a lower validation loss."""
-    weights: str = "imagenet"
-    """VGG-19 weights: imagenet, or a path or URL, if wanted with '#sha256=…'; with --init-from that run's."""
+    weights: str | None = None
+    """VGG-19 weights: imagenet (the default), a path or a URL, if wanted with '#sha256=…'; with --init-from that
+    run's."""
     init_from: str | None = None
     """Run of vgg19-frozen on the same split whose weights vgg19-finetuned starts from, head and all."""
     augment: Literal["default", "on", "off"] = "default"
@@ -122,7 +123,8 @@ class Config:
             self.folds is not None and self.fold is not None and not (self.folds >= 2 and 1 <= self.fold <= self.folds)
         ):
             raise ConfigError(
-                f"--folds {self.folds} --fold {self.fold}: both are needed, at least 2 folds, and a fold of 1 to that"
+                f"--folds {self.folds or 'not given'}, --fold {self.fold or 'not given'}: both are needed, at least 2 "
+                "folds, and a fold of 1 to that"
             )
         if self.workers[1] > self.batch_size:
             raise ConfigError(
@@ -130,9 +132,9 @@ class Config:
             )
         if self.init_from is not None and self.model != "vgg19-finetuned":
             raise ConfigError(f"--init-from goes with --model vgg19-finetuned, not with {self.model}")
-        if self.weights != "imagenet" and not RECIPES[self.model].needs_weights:
+        if self.weights is not None and not RECIPES[self.model].needs_weights:
             raise ConfigError(f"--weights goes with a VGG-19, not with --model {self.model}, which starts from none")
-        if self.weights != "imagenet" and self.init_from is not None:
+        if self.weights is not None and self.init_from is not None:
             raise ConfigError("--weights and --init-from: that run has all weights already; leave --weights out")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ConfigError(f"--learning-rate {self.learning_rate}: allowed are numbers above 0 and up to 1")
@@ -174,7 +176,7 @@ def run(config: Config) -> None:
     if config.init_from is not None:
         initial_run, weights_digest = _check_initial_run(config.init_from, same_split)
     elif recipe.needs_weights:
-        weights = load_weights(config.weights)
+        weights = load_weights(config.weights or "imagenet")
         weights_digest = weights.sha256
     identity = {
         **same_split,
@@ -201,7 +203,7 @@ def run(config: Config) -> None:
         overwrite=config.overwrite,
         inputs=[
             config.dataset,
-            *([] if config.weights == "imagenet" else [config.weights]),
+            *([] if config.weights in (None, "imagenet") else [config.weights]),
             *([] if config.init_from is None else [config.init_from]),
         ],
         may_grow="epochs",
@@ -272,6 +274,7 @@ def run(config: Config) -> None:
             result = _fit(plan, path, config)
         trained = time.monotonic()
         history, best, best_epoch = _history(result)
+        log.info("epoch %d is the best; writing its model and scoring the validation images", best_epoch)
         of_val = _examples(cells, is_val, pixels)
         exported = _export(best, plan, of_val)
         validated = _validate(exported["onnx"], plan, train=_examples(cells, splits == Split.train, pixels), val=of_val)

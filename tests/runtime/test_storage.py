@@ -168,6 +168,7 @@ def test_name_as_long_as_the_disk_allows_can_be_written(tmp_path: Path) -> None:
         ("cells", "{cwd}/cells"),
         ("./a/b", "{cwd}/a/b"),
         ("/data/x", "/data/x"),
+        ("../b//./c/../x", "{parent}/b/x"),
         ("file:///data/x", "/data/x"),
         ("s3://bucket/x", "s3://bucket/x"),
         ("memory://x/y", "memory://x/y"),
@@ -177,7 +178,14 @@ def test_name_as_long_as_the_disk_allows_can_be_written(tmp_path: Path) -> None:
 def test_url_for_other_processes(given: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     url = storage.as_url(storage.locate(given))
-    assert url.replace("memory:///", "memory://") == expected.format(cwd=tmp_path)
+    assert url.replace("memory:///", "memory://") == expected.format(cwd=tmp_path, parent=tmp_path.parent)
+
+
+def test_two_dots_behind_a_link_lead_where_the_system_says(tmp_path: Path) -> None:
+    (tmp_path / "there/inside").mkdir(parents=True)
+    (tmp_path / "there/cells.zip").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "there/inside")
+    assert storage.locate(str(tmp_path / "link/../cells.zip")).read_bytes() == b"x"
 
 
 @pytest.mark.parametrize(

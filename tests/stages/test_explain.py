@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from stages.conftest import content
 
-from malaria_ray.errors import ArchiveError, ConfigError, NotCompleteError
+from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, NotCompleteError
 from malaria_ray.runtime import storage
 from malaria_ray.stages import explain
 
@@ -24,6 +25,18 @@ def test_every_image_gets_its_heat_and_its_picture(line, tmp_path):
     made = {file.name for file in (tmp_path / "out" / "overlays").iterdir()}
     assert made == {explain.file_name(name) for name in names}
     assert (tmp_path / "out" / "contact_sheet.png").stat().st_size > 1000
+
+
+def test_another_call_leaves_no_picture_of_the_one_before_and_nothing_else_is_touched(line, copy_of, tmp_path):
+    names = ids_of(line.results)[:2]
+    for chosen in (names, names[1:]):
+        explain.run(explain.Config(results=str(line.results), image_ids=tuple(chosen), out=str(tmp_path / "out")))
+    assert [file.name for file in (tmp_path / "out" / "overlays").iterdir()] == [explain.file_name(names[1])]
+    dataset = copy_of(line.dataset)
+    before = content(dataset)
+    with pytest.raises(DirectoryError, match="is not empty and was not made by 'malaria-ray explain'"):
+        explain.run(explain.Config(results=str(line.results), image_ids=tuple(names), out=str(dataset)))
+    assert content(dataset) == before
 
 
 def test_what_cannot_be_explained_is_one_line(line, copy_of, tmp_path):

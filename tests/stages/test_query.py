@@ -347,10 +347,14 @@ def test_hostile_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, cap
         ("SELECT scores FROM predictions", 'column "scores" not found'),
         ("SELEC 1", "syntax error"),
         (" -- not yet", "the SQL holds no statement"),
+        ("COPY (SELECT 1 AS a) TO '{results}/predictions/part-00000.parquet'", "COPY writes files; give the SELECT"),
+        ("SELECT 1; EXPORT DATABASE '{results}/predictions'", "EXPORT writes files"),
     ],
 )
 def test_wrong_sql_is_one_clear_line(two: tuple[str, str], sql: str, said: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["query", two[0], sql]) == 1
+    before = storage.record_of(storage.locate(two[0]) / "predictions/part-00000.parquet")
+    assert cli.main(["query", two[0], sql.replace("{results}", two[0])]) == 1
+    assert storage.record_of(storage.locate(two[0]) / "predictions/part-00000.parquet") == before
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert said.lower() in lines[0].lower()

@@ -239,6 +239,12 @@ def test_a_split_of_an_archive_that_the_run_does_not_know_is_refused(line: Line,
         screen_of(tmp_path / "archive", tmp_path / "results", line.run, split="test")
 
 
+@pytest.mark.parametrize("made", ["run", "results"])
+def test_what_a_stage_made_is_no_archive_of_cells(line: Line, tmp_path: Path, made: str):
+    with pytest.raises(ArchiveError, match="was made by 'malaria-ray (train|screen)' and its pictures are no cells"):
+        screen_of(getattr(line, made), tmp_path / "results", line.run)
+
+
 def test_an_unfinished_run_is_refused(line: Line, copy_of, tmp_path: Path):
     run = copy_of(line.run)
     (run / "_SUCCESS.json").unlink()

@@ -307,6 +307,7 @@ def test_a_worker_gets_the_cpus_of_one_node_and_no_more(monkeypatch: pytest.Monk
         ({"folds": 5, "fold": 6}, "--folds 5 --fold 6"),
         ({"num_workers": 65, "batch_size": 64}, "--num-workers 65"),
         ({"weights": "w.h5"}, "--weights goes with a VGG-19, not with --model cnn"),
+        ({"weights": "imagenet"}, "--weights goes with a VGG-19, not with --model cnn"),
         ({"model": "vgg19-finetuned", "weights": "w.h5", "init_from": "r"}, "leave --weights out"),
     ],
 )
