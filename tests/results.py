@@ -81,7 +81,8 @@ def write_results(
     path = UPath(results)
     config = screen.Config(source=str(archive), results=str(results), model="run")
     identity = {"archive": str(archive), "run_id": f"{model}-1", "engine": "onnx", "split": "all", "threshold": 0.5}
-    outputs.claim(path, stage="screen", config=config, identity=identity, overwrite=False).begin()
+    with outputs.one_writer():
+        outputs.claim(path, stage="screen", config=config, identity=identity, overwrite=False).begin()
     predictions = of.assign(
         predicted_label=(of["score"] >= 0.5).astype(int),
         width=26,

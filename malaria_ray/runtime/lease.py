@@ -30,51 +30,32 @@ FILE = "_writer.json"
 BEAT_S = 10.0
 _TAKEN = signal.SIGUSR1  # not SIGINT, which a shell turns off for what it runs in the background
 _WATCH_S = 2.5 * BEAT_S  # for so long a writer elsewhere may give no sign
+_SETTLE_S = 0.5
 
 
-def check_free(path: UPath) -> None:
-    """Raises: `DirectoryError` where a process that lives writes the directory."""
-    found = _read(path)
-    if found is None:
-        return
-    if found["kernel"] is not None and found["kernel"] == _kernel():
-        if _begun(found["pid"]) != found["begun"]:
-            return
-    else:
-        log.info("%s was written last by %s: waiting %.0f s for a sign of it", path, _name(found), _WATCH_S)
-        end = time.monotonic() + _WATCH_S
-        while (now := _read(path)) == found:
-            if time.monotonic() > end:
-                return
-            time.sleep(1)
-        if now is None:  # it ended meanwhile
-            return
-        found = now
-    raise DirectoryError(
-        f"{path} is being written by {_name(found)}; wait until that ends or stop it, then run again: what it finished "
-        "is kept"
-    )
+class _Taken(BaseException):
+    """Raised in the main thread, and no `Exception`, which much code takes for a failed read and tries again."""
 
 
 @contextmanager
 def held(path: UPath) -> Iterator[None]:
     """Says in the directory that this process writes it, until the end of the block.
 
-    Raises: `DirectoryError` where meanwhile another process took it, which it may when this one gave no sign for long;
-    whatever this one does then is interrupted, as by Ctrl-C, where it is the main thread.
+    Raises: `DirectoryError` where a process that lives writes it; where meanwhile another one took it, which it may
+    when this one gave no sign for long: the main thread is then interrupted, as by Ctrl-C.
     """
     pid = os.getpid()
     me = {"writer": secrets.token_hex(8), "host": socket.gethostname(), "pid": pid, "begun": _begun(pid)}
     me["kernel"] = _kernel()
+    _take(path, me)
     is_over, taken_by = threading.Event(), list[dict[str, Any]]()
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(_TAKEN, _interrupt) if is_main else None
-    storage.write_json(path / FILE, {**me, "beat": 0})
 
     def beat() -> None:
-        n, wait_s = 0, 1.0  # soon first: two may have begun at the same moment
-        while not is_over.wait(wait_s):
-            n, wait_s = n + 1, BEAT_S
+        n = 0
+        while not is_over.wait(BEAT_S):
+            n += 1
             try:
                 found = _read(path)
                 if found is not None and found["writer"] != me["writer"]:
@@ -105,8 +86,63 @@ def held(path: UPath) -> Iterator[None]:
         raise DirectoryError(f"{path} is being written by {_name(taken_by[0])}, which goes on; this one stops")
 
 
+def _take(path: UPath, me: dict[str, Any]) -> None:
+    """Writes the file. Raises: `DirectoryError` where a process that lives has it, or took it at the same moment."""
+    if _is_created(path, me):
+        return
+    _check_free(path)
+    storage.write_json(path / FILE, {**me, "beat": 0})
+    time.sleep(_SETTLE_S)  # of those who found it free together the last one's file is there now, and all see it
+    found = _read(path)
+    if found is None or found["writer"] != me["writer"]:
+        raise _refused(path, found or me)
+
+
+def _is_created(path: UPath, me: dict[str, Any]) -> bool:
+    """Makes the file where there is none and the storage lets only one of several do that: on a disk, by a link."""
+    if not storage.is_local(path):
+        return False
+    draft = path / f".{me['writer']}.tmp"
+    storage.write_json(draft, {**me, "beat": 0})
+    try:
+        os.link(draft.path, (path / FILE).path)
+    except OSError:  # it is there, or the disk knows no links
+        return False
+    finally:
+        Path(draft.path).unlink()
+    return True
+
+
+def _check_free(path: UPath) -> None:
+    """Raises: `DirectoryError` where a process that lives writes the directory."""
+    found = _read(path)
+    if found is None:
+        return
+    if found["kernel"] is not None and found["kernel"] == _kernel():
+        if _begun(found["pid"]) != found["begun"]:
+            return
+    else:
+        log.info("%s was written last by %s: waiting %.0f s for a sign of it", path, _name(found), _WATCH_S)
+        end = time.monotonic() + _WATCH_S
+        while (now := _read(path)) == found:
+            if time.monotonic() > end:
+                return
+            time.sleep(1)
+        if now is None:  # it ended meanwhile
+            return
+        found = now
+    raise _refused(path, found)
+
+
+def _refused(path: UPath, found: dict[str, Any]) -> DirectoryError:
+    return DirectoryError(
+        f"{path} is being written by {_name(found)}; wait until that ends or stop it, then run again: what it finished "
+        "is kept"
+    )
+
+
 def _interrupt(*_: Any) -> None:
-    raise InterruptedError
+    raise _Taken
 
 
 def _give_back(path: UPath) -> None:

@@ -16,7 +16,7 @@ import datetime
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -59,7 +59,7 @@ class Claim:
 
         Raises: `DirectoryError` where another process writes the directory, or has finished it.
         """
-        lease.check_free(self.path)
+        hold(self.path)
         if not (self.is_emptied or self.is_reopened) and (self.path / SUCCESS).exists():
             raise DirectoryError(f"{self.path} was finished by another process meanwhile; run again to see it")
         if self.is_emptied:
@@ -68,7 +68,6 @@ class Claim:
             storage.remove(self.path / SUCCESS)  # before the config: no kill leaves it finished with the new one
         if self.is_written:
             _write_config(self.path, self.stage, self.config, self.identity)
-        _hold(self.path)
 
 
 _holds: ContextVar[ExitStack] = ContextVar("holds")
@@ -85,15 +84,9 @@ def one_writer() -> Iterator[None]:
             _holds.reset(token)
 
 
-def reopen(path: UPath) -> None:
-    """Takes a finished directory, to make it unfinished. Raises: as `Claim.begin`."""
-    lease.check_free(path)
-    _hold(path)
-
-
-def _hold(path: UPath) -> None:
-    if (stack := _holds.get(None)) is not None:
-        stack.enter_context(lease.held(path))
+def hold(path: UPath) -> None:
+    """Takes a directory until the end of `one_writer`. Raises: `DirectoryError` where another process writes it."""
+    _holds.get().enter_context(lease.held(path))
 
 
 def claim(
@@ -129,7 +122,7 @@ def claim(
         return work
     found = _read_config(path, stage)
     if found is None:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if _is_somebodys(path):
             raise DirectoryError(
                 f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory"
             )
@@ -144,7 +137,7 @@ def claim(
             "choose another directory, or --overwrite to delete it and begin again"
         )
     if is_finished and not has_grown:
-        storage.remove(path / WORK)  # of a process that was killed right behind its end
+        _remove_work(path)  # of a process that was killed right behind its end
         return None
     return replace(work, is_reopened=is_finished, is_written=identity != found["identity"])
 
@@ -175,16 +168,22 @@ def finish(
     config = {name: storage.record_of(path / name)}
     content = {"finished_at": _now(), "counts": counts, **more, "timings": timings, "config": config, "files": files}
     storage.write_json(path / SUCCESS, content)
-    storage.remove(path / WORK)
+    _remove_work(path)
+
+
+def _remove_work(path: UPath) -> None:
+    with suppress(FileNotFoundError):  # two may do it at once
+        storage.remove(path / WORK)
 
 
 def _check_lie_there(path: UPath, files: dict[str, FileRecord]) -> None:
     """By name and size: finds what else wrote the directory meanwhile, workers of a node that is cut off for one."""
     sizes = {}
     for folder in {name.rpartition("/")[0] for name in files}:
-        for info in path.fs.ls((path / folder).path if folder else path.path, detail=True):
-            name = info["name"].rstrip("/").rpartition("/")[2]
-            sizes[f"{folder}/{name}" if folder else name] = info["size"]
+        with suppress(FileNotFoundError):
+            for info in path.fs.ls((path / folder).path if folder else path.path, detail=True):
+                name = info["name"].rstrip("/").rpartition("/")[2]
+                sizes[f"{folder}/{name}" if folder else name] = info["size"]
     for name, record in files.items():
         if sizes.get(name) != record["bytes"]:
             raise InvariantError(
@@ -233,7 +232,7 @@ def work_of(path: UPath, stage: str) -> UPath:
     """The work folder of a directory since it was begun: after `--overwrite` another, into which no worker writes that
     a cut-off node still runs for what was there before.
     """
-    return path / WORK / str((_read_config(path, stage) or {}).get("begun", ""))
+    return path / WORK / str((_read_config(path, stage) or {}).get("begun", "begun"))
 
 
 def stage_of(path: UPath) -> str | None:
@@ -270,9 +269,14 @@ def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]
     storage.write_json(path / _CONFIG_FILE[stage], without_secrets_in({**content, "provenance": provenance()}))
 
 
+def _is_somebodys(path: UPath) -> bool:
+    """Whether there is anything but the name of a writer who was killed before he wrote more."""
+    return path.exists() and (not path.is_dir() or any(child.name != lease.FILE for child in path.iterdir()))
+
+
 def _check_is_ours(path: UPath, stage: str) -> None:
     """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and _read_config(path, stage) is None:
+    if _is_somebodys(path) and _read_config(path, stage) is None:
         raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'; --overwrite does not delete it")
 
 
@@ -293,7 +297,7 @@ def _empty(path: UPath, stage: str) -> None:
         return
     storage.write_json(config, {"stage": stage, "identity": {"deletion": "begun by --overwrite, not finished"}})
     for child in list(path.iterdir()):
-        if child.name != config.name:
+        if child.name not in (config.name, lease.FILE):
             storage.remove(child)
     storage.remove(config)
 

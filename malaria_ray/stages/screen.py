@@ -227,7 +227,7 @@ def run(config: Config) -> None:
         if claim is not None:  # all that could refuse the work has had its say
             claim.begin()
         else:
-            outputs.reopen(results)
+            outputs.hold(results)
         if retried:
             _reopen(results, retried, listing, is_finished=claim is None)
         check_same_listing(outputs.work_of(results, "screen"), listing)

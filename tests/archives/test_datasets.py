@@ -33,7 +33,8 @@ class Config:
 def dataset_at(url: str) -> str:
     """A finished dataset of random crops in two parts of three row groups each, as ingest lays it out."""
     path = storage.locate(url)
-    outputs.claim(path, stage="ingest", config=Config(), identity={"image_size": SIZE}, overwrite=False).begin()
+    with outputs.one_writer():
+        outputs.claim(path, stage="ingest", config=Config(), identity={"image_size": SIZE}, overwrite=False).begin()
     known = {
         "image_id": [f"{i:02d}.png" for i in range(N)],
         "label": [i % 2 for i in range(N)],

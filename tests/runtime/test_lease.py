@@ -28,6 +28,11 @@ with lease.held(storage.locate(sys.argv[1])):
 """
 
 
+def try_to_hold(folder: UPath) -> None:
+    with lease.held(folder):
+        assert storage.read_json(folder / lease.FILE)["pid"] == os.getpid()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> UPath:
     return storage.locate(str(tmp_path / "out"))
@@ -57,13 +62,13 @@ def elsewhere(folder: UPath, **facts: object) -> None:
 
 
 def test_a_directory_is_free_until_and_after_somebody_writes_it(folder: UPath):
-    lease.check_free(folder)
+    try_to_hold(folder)
     with lease.held(folder):
         assert (folder / lease.FILE).exists()
         with pytest.raises(DirectoryError, match=rf"is being written by process {os.getpid()} on .*; wait until that"):
-            lease.check_free(folder)
+            try_to_hold(folder)
     assert not (folder / lease.FILE).exists()
-    lease.check_free(folder)
+    try_to_hold(folder)
 
 
 def test_the_directory_is_free_again_where_the_work_failed(folder: UPath):
@@ -76,7 +81,7 @@ def test_a_process_that_lives_keeps_others_out_also_while_it_is_stopped(folder: 
     for number in (signal.SIGSTOP, signal.SIGCONT):
         writer.send_signal(number)
         with pytest.raises(DirectoryError, match=f"process {writer.pid} on"):
-            lease.check_free(folder)
+            try_to_hold(folder)
 
 
 @pytest.mark.parametrize("is_reaped", [True, False])
@@ -88,13 +93,13 @@ def test_a_killed_process_keeps_nobody_out(folder: UPath, writer: subprocess.Pop
         while "\nState:\tZ" not in Path(f"/proc/{writer.pid}/status").read_text():
             time.sleep(0.01)
     begun = time.monotonic()
-    lease.check_free(folder)
+    try_to_hold(folder)
     assert time.monotonic() - begun < lease.BEAT_S / 2, "known at once, not watched for"
 
 
 def test_another_process_under_a_killed_ones_number_is_not_taken_for_it(folder: UPath, writer: subprocess.Popen[str]):
     storage.write_json(folder / lease.FILE, {**storage.read_json(folder / lease.FILE), "begun": "1"})
-    lease.check_free(folder)
+    try_to_hold(folder)
 
 
 def test_a_writer_on_another_machine_is_watched_for_and_refused_by_its_next_sign(
@@ -103,7 +108,7 @@ def test_a_writer_on_another_machine_is_watched_for_and_refused_by_its_next_sign
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(lease, "_kernel", lambda: None)  # as where no system tells
     with pytest.raises(DirectoryError, match=f"process {writer.pid} on"):
-        lease.check_free(folder)
+        try_to_hold(folder)
     assert "waiting 3 s for a sign of it" in caplog.text
 
 
@@ -113,7 +118,7 @@ def test_a_writer_on_another_machine_that_gives_no_sign_is_taken_for_dead(
     writer.kill()
     elsewhere(folder, beat=7)
     begun = time.monotonic()
-    lease.check_free(folder)
+    try_to_hold(folder)
     assert time.monotonic() - begun >= 3
 
 
@@ -122,11 +127,11 @@ def taken_while_held(folder: UPath, *, becomes: type[BaseException]) -> None:
         elsewhere(folder, writer="another", pid=7)
         try:
             time.sleep(30)
-        except InterruptedError as error:
+        except lease._Taken as error:
             raise becomes from error
 
 
-@pytest.mark.parametrize("becomes", [InterruptedError, RuntimeError])
+@pytest.mark.parametrize("becomes", [lease._Taken, RuntimeError])
 def test_a_writer_whose_directory_another_took_stops_and_leaves_it_to_him(
     folder: UPath, quick: None, becomes: type[BaseException]
 ):
@@ -158,5 +163,53 @@ def test_it_is_the_same_on_an_object_store(s3, quick: None):
         time.sleep(1.5)
         assert storage.read_json(folder / lease.FILE)["beat"] >= 1
         with pytest.raises(DirectoryError, match="is being written by"):
-            lease.check_free(folder)
+            try_to_hold(folder)
     assert not (folder / lease.FILE).exists()
+
+
+RACE = """
+import sys, time
+from malaria_ray.errors import DirectoryError
+from malaria_ray.runtime import lease, storage
+folder = storage.locate(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with lease.held(folder):
+        print("held", flush=True)
+        sys.stdin.readline()
+except DirectoryError:
+    print("refused", flush=True)
+"""
+
+
+@pytest.mark.parametrize("is_fresh", [True, False], ids=["fresh", "behind a killed one"])
+def test_of_those_who_begin_at_the_same_moment_one_goes_on(folder: UPath, is_fresh: bool):
+    if not is_fresh:
+        storage.write_json(
+            folder / lease.FILE,
+            {"writer": "gone", "host": "here", "kernel": lease._kernel(), "pid": 2**22 + 1, "begun": "1", "beat": 3},
+        )
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         text=True, bufsize=1)
+        for _ in range(6)
+    ]  # fmt: skip
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 6  # type: ignore[union-attr]
+    for racer in racers:
+        racer.stdin.write("go\n")  # type: ignore[union-attr]
+    said = sorted(racer.stdout.readline().strip() for racer in racers)  # type: ignore[union-attr]
+    for racer in racers:
+        racer.communicate("end\n", timeout=20)
+    assert said == ["held", *["refused"] * 5]
+
+
+def test_a_disk_without_links_will_do(folder: UPath, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    try_to_hold(folder)
+    with lease.held(folder), pytest.raises(DirectoryError, match="is being written by"):
+        try_to_hold(folder)
+    assert storage.children(folder) == []
