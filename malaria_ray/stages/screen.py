@@ -326,7 +326,10 @@ def _pool(config: Config) -> tuple[int, int]:
         fault = ray.get(probe.remote(config.engine_name))
         if fault:
             log.warning("%s: the network is computed on CPUs (cluster/README.md says what a GPU needs)", fault)
-    return config.actor_range or (max(1, _room(config)),) * 2
+    room = _room(config)
+    if config.actor_range and room < config.actor_range[1]:
+        log.info("--num-actors %s: there is room for %d now", config.num_actors, room)
+    return config.actor_range or (max(1, room),) * 2
 
 
 def _room(config: Config) -> int:

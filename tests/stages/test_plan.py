@@ -67,6 +67,7 @@ def test_dataset_costs_no_decoding(line: Line, capsys: pytest.CaptureFixture[str
     found = plan_of(line.dataset, line, capsys)
     assert found["read_as"] == {"crops": 240}
     assert found["sample"]["decode_s"] == 0
+    assert found["n_bytes"] == sum(part.stat().st_size for part in (line.dataset / "crops").iterdir())
 
 
 def test_sample_is_spread_and_the_same_for_a_seed(line: Line):

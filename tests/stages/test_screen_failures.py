@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -367,10 +368,12 @@ def test_more_gpus_than_a_node_has_are_refused_in_one_line(line: Line, tmp_path:
         screen_of(line.archive, tmp_path / "results", line.run, gpus_per_actor=2, num_actors=num_actors)
 
 
-def test_more_actors_than_have_room_are_not_waited_for(line: Line, tmp_path: Path):
+def test_more_actors_than_have_room_are_not_waited_for(line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
     pd.testing.assert_frame_equal(
         screen_of(line.archive, tmp_path / "results", line.run, num_actors="8"), predictions_of(line.results)
     )
+    assert "--num-actors 8: there is room for 2 now" in caplog.text
 
 
 def test_a_pool_may_grow(line: Line, tmp_path: Path):
