@@ -53,15 +53,16 @@ class Claim:
     is_emptied: bool
     is_reopened: bool
     is_written: bool
+    seen: tuple[dict[str, Any] | None, bool]
 
     def begin(self) -> None:
         """Deletes what `--overwrite` deletes, makes unfinished what goes on, and writes the config.
 
-        Raises: `DirectoryError` where another process writes the directory, or has finished it.
+        Raises: `DirectoryError` where another process writes the directory, or began or finished it since.
         """
         hold(self.path)
-        if not (self.is_emptied or self.is_reopened) and (self.path / SUCCESS).exists():
-            raise DirectoryError(f"{self.path} was finished by another process meanwhile; run again to see it")
+        if not self.is_emptied and self.seen != _state(self.path, self.stage):
+            raise DirectoryError(f"{self.path} was changed by another process meanwhile; run again to see how")
         if self.is_emptied:
             _empty(self.path, self.stage)
         if self.is_reopened:
@@ -115,19 +116,19 @@ def claim(
             "pattern of other names; choose a name without"
         )
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
-    work = Claim(path, stage, config, identity, is_emptied=overwrite, is_reopened=False, is_written=True)
+    seen = found, is_finished = (None, False) if overwrite else _state(path, stage)
+    work = Claim(path, stage, config, identity, is_emptied=overwrite, is_reopened=False, is_written=True, seen=seen)
     if overwrite:
         _check_is_ours(path, stage)
         _check_keeps(path, inputs)
         return work
-    found = _read_config(path, stage)
     if found is None:
         if _is_somebodys(path):
             raise DirectoryError(
                 f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory"
             )
         return work
-    was, is_finished = found["identity"], (path / SUCCESS).exists()
+    was = found["identity"]
     if may_change and not is_finished and may_change in was:
         was = {**was, may_change: identity[may_change]}
     has_grown = bool(may_grow) and _has_grown(was, identity, str(may_grow))
@@ -261,6 +262,12 @@ def _read_config(path: UPath, stage: str) -> dict[str, Any] | None:
     if not isinstance(content.get("identity"), dict):
         raise DirectoryError(f"{file} is damaged: it has no identity; choose another directory")
     return content
+
+
+def _state(path: UPath, stage: str) -> tuple[dict[str, Any] | None, bool]:
+    """The config of a directory of `stage`, None where there is none, and whether it is finished."""
+    found = _read_config(path, stage)
+    return found, found is not None and (path / SUCCESS).exists()
 
 
 def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]) -> None:

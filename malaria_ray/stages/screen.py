@@ -228,6 +228,7 @@ def run(config: Config) -> None:
             claim.begin()
         else:
             outputs.hold(results)
+            outputs.check_complete(results, "screen")  # still, now that nobody else can change it
         if retried:
             _reopen(results, retried, listing, is_finished=claim is None)
         check_same_listing(outputs.work_of(results, "screen"), listing)

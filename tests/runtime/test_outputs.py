@@ -362,19 +362,25 @@ def test_work_is_there_until_the_directory_is_finished(path: UPath, monkeypatch:
     assert tree(path) == ["_work/part", "config.json"]
 
 
-def test_a_directory_that_was_finished_since_it_was_claimed_is_left_alone(path: UPath) -> None:
-    prepare(path)
+@pytest.mark.parametrize("what", ["finished", "begun anew", "begun"])
+def test_a_directory_that_changed_since_it_was_claimed_is_left_alone(path: UPath, what: str) -> None:
+    if what != "begun":
+        prepare(path)
     identity = {"archive": "cells.zip", "image_size": 125}
     claim = outputs.claim(path, stage="ingest", config=Config(), identity=identity, overwrite=False)
     assert claim is not None
-    finish(path)
+    if what == "finished":
+        finish(path)
+    else:
+        prepare(path, overwrite=what == "begun anew", image_size=125)
     before = tree(path)
     with (
         outputs.one_writer(),
-        pytest.raises(DirectoryError, match="was finished by another process meanwhile; run again to see it"),
+        pytest.raises(DirectoryError, match="was changed by another process meanwhile; run again to see how"),
     ):
         claim.begin()
     assert tree(path) == before
+    assert prepare(path) is (what != "finished")
 
 
 @pytest.mark.parametrize("spoil", ["removed", "rewritten"])
