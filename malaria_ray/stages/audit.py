@@ -108,8 +108,9 @@ def _audit(
     is_doubted = likely_wrong(label, scores)
     table = label_audit(images.index, label, scores, patient_id=images["patient_id"])
     is_counted = ~is_copy(images).to_numpy()
-    of_mean = metrics_with_and_without(label[is_counted], mean[is_counted], is_doubted[is_counted], threshold=0.5)
-    metrics = [of_mean.assign(results=MEAN, model=None, threshold=0.5)]
+    common = float(np.mean([float(one.success["threshold"]) for one in opened if one.name in scores]))
+    of_mean = metrics_with_and_without(label[is_counted], mean[is_counted], is_doubted[is_counted], threshold=common)
+    metrics = [of_mean.assign(results=MEAN, model=None, threshold=common)]
     for one in opened:
         if one.name not in scores:
             continue
@@ -189,7 +190,8 @@ def _print_report(path: UPath, success: dict[str, Any]) -> None:
         out.print(table)
     out.print(
         f"{len(audit):,} of {counts['n_audited']:,} labels are likely wrong; all in {LABEL_AUDIT.name}/. Models and "
-        "labels disagree there, and either may be wrong: look at them before a label is changed.",
+        "labels disagree there, and either may be wrong: look at them before a label is changed. Metrics without them "
+        "flatter the models, whose own doubts chose what is left out.",
         soft_wrap=True,
     )
     if known := counts["n_scores_of_known_patients"]:

@@ -69,6 +69,8 @@ def run(config: Config) -> None:
         raise ConfigError(
             f"--figure {config.figure}: results have no such figure; leave it out (--report is theirs) or give runs"
         )
+    if config.report is not None and storage.locate(config.report).is_dir():
+        raise ConfigError(f"--report {config.report} is a directory; give the page's file, as PAGE.html")
     first, *others = opened = open_results(config.results)
     check_cells(opened)
     connection = connect(opened)

@@ -179,6 +179,8 @@ def test_results_that_share_nothing_are_refused(tmp_path: Path, two: tuple[str, 
     results = write_results(tmp_path / "results", other)
     with pytest.raises(QueryError, match="share no image"):
         compare.run(compare.Config(results=(two[0], str(results))))
+    with pytest.raises(ConfigError, match="--report .* is a directory; give the page's file"):
+        compare.run(compare.Config(results=two, report=str(tmp_path)))
     with pytest.raises(ConfigError, match="give two or more"):
         compare.Config(results=two[:1])
 

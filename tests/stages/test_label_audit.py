@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DatasetError
+from malaria_ray.runtime import storage
 from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT
 from malaria_ray.stages import audit, verify
 
@@ -74,6 +75,16 @@ def test_two_percent_of_flipped_labels_are_found_over_folds(tmp_path: Path, caps
     assert f"{len(found)} of 3,000 labels are likely wrong" in out
     assert "split by image" not in out
     verify.run(verify.Config(directory=str(tmp_path / "audit")))
+
+
+def test_the_mean_score_is_called_at_the_runs_own_thresholds(tmp_path: Path):
+    folds = [write_fold(tmp_path, fold, planted(fold)[0]) for fold in range(2)]
+    for fold, threshold in zip(folds, (0.5, 0.7), strict=True):
+        success = storage.locate(fold) / "_SUCCESS.json"
+        storage.write_json(success, {**storage.read_json(success), "threshold": threshold})
+    _, metrics = audited(tmp_path, *folds)
+    by_results = metrics.groupby("results")["threshold"].first()
+    assert by_results.to_dict() == pytest.approx({"fold-0": 0.5, "fold-1": 0.7, "mean": 0.6})
 
 
 def test_one_fold_audits_what_it_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
