@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def ray_session() -> Iterator[None]:
     is_ours = not ray.is_initialized()
     if is_ours:
         _start()
+    else:
+        gc.collect()  # a job that failed in it keeps its actors, and all CPUs with them, until its error is collected
     try:
         _configure_data()
         yield

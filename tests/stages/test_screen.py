@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -184,6 +186,34 @@ def test_a_model_that_is_exchanged_while_its_scorers_start_scores_nothing(
     monkeypatch.setattr(screen, "_pool", exchange)
     with pytest.raises(ModelError, match=r"model.onnx is not the file that training wrote"):
         screen_of(line.archive, tmp_path / "results", run)
+
+
+FAIL_AND_LOOK = """
+import gc, sys, time
+import ray
+from malaria_ray.errors import ModelError
+from malaria_ray.runtime import session
+from malaria_ray.stages import screen
+gc.disable()  # else it is a matter of luck when Python finds the error that nobody holds any more
+ray.init(address="local", num_cpus=2, include_dashboard=False)
+try:
+    screen.run(screen.Config(source=sys.argv[1], results=sys.argv[2], model=sys.argv[3]))
+except ModelError:
+    print("failed")
+with session.ray_session():
+    end = time.monotonic() + 30
+    while (free := ray.available_resources().get("CPU")) != 2 and time.monotonic() < end:
+        time.sleep(0.1)
+print("free:", free)
+"""
+
+
+def test_actors_of_a_failed_screening_hold_no_cpu_of_the_next(line: Line, copy_of, tmp_path: Path):
+    run = copy_of(line.run)
+    (run / "novelty.npz").write_bytes(b"x")
+    script = [sys.executable, "-c", FAIL_AND_LOOK, str(line.archive), str(tmp_path / "results"), str(run)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, timeout=200)
+    assert "failed\nfree: 2.0" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
 def test_an_archive_replaced_in_mid_run_is_not_published_and_the_same_one_goes_on(
