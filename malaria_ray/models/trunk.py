@@ -15,7 +15,7 @@ _MAGIC = 7767517  # the first line of ncnn's text format
 _AS_FLOAT32 = b"\0\0\0\0"  # its word for how the weights of a layer are written
 _RELU = " 9=1"
 _DEFAULTS = {"pads": [0] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1, "auto_pad": b"NOTSET", "ceil_mode": 0}
-_PLAIN = {"group": 1, "auto_pad": b"NOTSET", "ceil_mode": 0}  # what else ONNX allows stays with ONNX Runtime
+_ONLY_DEFAULT = ("group", "auto_pad", "ceil_mode")  # other values of these stay with ONNX Runtime
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ def cut(model: bytes) -> Cut:
     weights: list[bytes] = []
     last = first
     for node in nodes[first:]:
-        given = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
-        settings = _DEFAULTS | given
-        is_plain = all(settings[name] == value for name, value in _PLAIN.items())
+        settings = _DEFAULTS | {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+        is_plain = all(settings[name] == _DEFAULTS[name] for name in _ONLY_DEFAULT)
         if last > first and list(node.input[:1]) != list(nodes[last - 1].output):
             break
         if node.op_type == "Conv" and is_plain and all(name in constants for name in node.input[1:]):

@@ -45,8 +45,14 @@ def held(path: UPath) -> Iterator[None]:
     when this one gave no sign for long: the main thread is then interrupted, as by Ctrl-C.
     """
     pid = os.getpid()
-    me = {"writer": secrets.token_hex(8), "host": socket.gethostname(), "pid": pid, "begun": _begun(pid)}
-    me["kernel"] = _kernel()
+    me = {
+        "writer": secrets.token_hex(8),
+        "host": socket.gethostname(),
+        "kernel": _kernel(),
+        "pid": pid,
+        "begun": _begun(pid),
+        "beat": 0,
+    }
     _take(path, me)
     is_over, taken_by = threading.Event(), list[dict[str, Any]]()
     is_main = threading.current_thread() is threading.main_thread()
@@ -91,7 +97,7 @@ def _take(path: UPath, me: dict[str, Any]) -> None:
     if _is_created(path, me):
         return
     _check_free(path)
-    storage.write_json(path / FILE, {**me, "beat": 0})
+    storage.write_json(path / FILE, me)
     time.sleep(_SETTLE_S)  # of those who found it free together the last one's file is there now, and all see it
     found = _read(path)
     if found is None or found["writer"] != me["writer"]:
@@ -103,7 +109,7 @@ def _is_created(path: UPath, me: dict[str, Any]) -> bool:
     if not storage.is_local(path):
         return False
     draft = path / f".{me['writer']}.tmp"
-    storage.write_json(draft, {**me, "beat": 0})
+    storage.write_json(draft, me)
     try:
         os.link(draft.path, (path / FILE).path)
     except OSError:  # it is there, or the disk knows no links
