@@ -44,14 +44,15 @@ _CONFIG_FILE = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A directory that a stage may write: as it was until `begin`, so that what else refuses the work loses nothing."""
+    """A directory that a stage may write: as it was until `begin`, so that what else refuses the work loses nothing.
+    `seen`: what there was, as `_state` gives it; nothing where all is deleted first.
+    """
 
     path: UPath
     stage: str
     config: Any
     identity: dict[str, Any]
     is_emptied: bool
-    is_reopened: bool
     is_written: bool
     seen: tuple[dict[str, Any] | None, bool]
 
@@ -65,7 +66,8 @@ class Claim:
             raise DirectoryError(f"{self.path} was changed by another process meanwhile; run again to see how")
         if self.is_emptied:
             _empty(self.path, self.stage)
-        if self.is_reopened:
+        _, was_finished = self.seen
+        if was_finished:
             storage.remove(self.path / SUCCESS)  # before the config: no kill leaves it finished with the new one
         if self.is_written:
             _write_config(self.path, self.stage, self.config, self.identity)
@@ -117,7 +119,7 @@ def claim(
         )
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
     seen = found, is_finished = (None, False) if overwrite else _state(path, stage)
-    work = Claim(path, stage, config, identity, is_emptied=overwrite, is_reopened=False, is_written=True, seen=seen)
+    work = Claim(path, stage, config, identity, is_emptied=overwrite, is_written=True, seen=seen)
     if overwrite:
         _check_is_ours(path, stage)
         _check_keeps(path, inputs)
@@ -140,7 +142,7 @@ def claim(
     if is_finished and not has_grown:
         _remove_work(path)  # of a process that was killed right behind its end
         return None
-    return replace(work, is_reopened=is_finished, is_written=identity != found["identity"])
+    return replace(work, is_written=identity != found["identity"])
 
 
 def write_table(
