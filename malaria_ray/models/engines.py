@@ -138,11 +138,12 @@ class NcnnEngine(Engine):
         import ncnn
 
         parts = cut(model)
-        whole = OnnxEngine(parts.whole, n_threads=n_threads, batch_size=len(Label))
-        cells = _drawn_cells(*whole._session.get_inputs()[0].shape[1:3])
-        expected = whole._predict(cells)
-        del whole  # so that its memory is free again before ncnn takes its own
         self._before = OnnxEngine(parts.before, n_threads=n_threads, batch_size=batch_size)
+        cells = _drawn_cells(*self._before._session.get_inputs()[0].shape[1:3])
+        line = OnnxEngine(parts.line, n_threads=n_threads, batch_size=len(Label))
+        images: Any = self._before._predict(cells)
+        expected: Any = line._predict(*images)
+        del line  # so that its memory is free again before ncnn takes its own
         self._behind = OnnxEngine(parts.behind, n_threads=n_threads, batch_size=batch_size)
         self._as_mat, self._end = ncnn.Mat, parts.end
         self._trunk = ncnn.Net()
@@ -156,7 +157,7 @@ class NcnnEngine(Engine):
             if self._trunk.load_param(str(layers)) or self._trunk.load_model(str(weights)):
                 raise ModelError("ncnn cannot load the convolutions of model.onnx")
         self._batch_size = batch_size
-        self._check(cells, expected)
+        self._check(cells, *expected)
 
     def _predict(self, batch: Pixels) -> list[Scores]:
         return self._behind._predict(self._convolutions(batch))
@@ -173,17 +174,16 @@ class NcnnEngine(Engine):
             raise ModelError(f"ncnn could not compute the convolutions (its error {fault}): memory may have run out")
         return np.asarray(found)
 
-    def _check(self, cells: Pixels, expected: list[Scores]) -> None:
-        """Compares the network's outputs, and what the convolutions give relative to its largest value: of images
-        that wake none of them the outputs alone would be alike whatever they compute.
+    def _check(self, cells: Pixels, expected: npt.NDArray[Any]) -> None:
+        """Compares with ONNX Runtime what the convolutions give for drawn cells, relative to its largest value, and
+        what the network makes of it. For images that leave all convolutions at 0 neither would tell anything.
         """
-        *outputs, line = expected
-        largest = float(np.abs(line).max())
+        convolved = self._convolutions(cells)
+        largest = np.abs(expected).max()
         if not largest > 0:
             raise ModelError("the convolutions of model.onnx give nothing but 0 for drawn cells: none could be checked")
-        convolved = self._convolutions(cells)
-        found: list[Any] = [*self._behind._predict(convolved), convolved / largest]
-        for ours, theirs in zip(found, [*outputs, line / largest], strict=True):
+        found = [convolved / largest, *self._behind._predict(convolved)]
+        for ours, theirs in zip(found, [expected / largest, *self._behind._predict(expected)], strict=True):
             difference = float(np.abs(ours - theirs).max() / max(1, np.abs(theirs).max()))
             if not difference <= MAX_DIFFERENCE:
                 raise ModelError(

@@ -21,16 +21,16 @@ _ONLY_DEFAULT = ("group", "auto_pad", "ceil_mode")  # other values of these stay
 @dataclass(frozen=True)
 class Cut:
     """`before`: ONNX, images → float32 (n, channels, height, width). `layers` and `weights`: the content of ncnn's two
-    files, from the blob `at0` of one image to the blob `end`. `behind`: ONNX, from there to the network's outputs.
-    `whole`: ONNX, images → the network's outputs and last what stands at `end`.
+    files, from the blob `at0` of one image to the blob `end`. `line`: ONNX, the same convolutions, to compare with.
+    `behind`: ONNX, from there to the network's outputs.
     """
 
     before: bytes
     layers: str
     weights: bytes
     end: str
+    line: bytes
     behind: bytes
-    whole: bytes
 
 
 def cut(model: bytes) -> Cut:
@@ -74,21 +74,36 @@ def cut(model: bytes) -> Cut:
         its_constants = [one for name, one in constants.items() if name in used]
         graph = onnx.helper.make_graph(of, "part", inputs, outputs, its_constants)
         made = onnx.helper.make_model(graph, opset_imports=network.opset_import, ir_version=network.ir_version)
-        content: bytes = made.SerializeToString()
-        return content
+        return _content(made)
 
-    def floats(name: str) -> Any:
-        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-
+    at_begin, at_end = (onnx.helper.make_tensor_value_info(at, onnx.TensorProto.FLOAT, None) for at in (begin, end))
+    before, line = part(nodes[:first], network.graph.input, [at_begin]), part(nodes[first:last], [at_begin], [at_end])
     n = len(lines) + 1
     return Cut(
-        before=part(nodes[:first], network.graph.input, [floats(begin)]),
+        before=before,
         layers="\n".join([str(_MAGIC), f"{n} {n}", "Input images 0 1 at0", *lines, ""]),
         weights=b"".join(weights),
         end=f"at{len(lines)}",
-        behind=part(nodes[last:], [floats(end)], network.graph.output),
-        whole=part(nodes, network.graph.input, [*network.graph.output, floats(end)]),
+        line=line,
+        behind=_behind(network, last, at_end),
     )
+
+
+def _behind(network: Any, n_nodes: int, at_end: Any) -> bytes:
+    """The network without its first nodes; made of itself, for its last layers' weights may be most of it."""
+    graph = network.graph
+    del graph.node[:n_nodes], graph.input[:]
+    graph.input.append(at_end)
+    used = {name for node in graph.node for name in node.input}
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in used:
+            del graph.initializer[i]
+    return _content(network)
+
+
+def _content(network: Any) -> bytes:
+    content: bytes = network.SerializeToString()
+    return content
 
 
 # What ncnn's numbers mean: https://github.com/Tencent/ncnn/blob/master/docs/developer-guide/operators.md
