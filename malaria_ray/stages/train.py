@@ -50,6 +50,7 @@ from malaria_ray.statistics.validation import Validation, learn_from_validation
 log = logging.getLogger("malaria_ray")
 
 _WAIT_FOR_NODES_S = 600  # a machine of a cloud with a GPU takes minutes to start
+_POLL_S = "0.5"  # how often Ray takes one report of an epoch from each worker; by default no epoch could end within 2 s
 _N_PROBE = 64  # real crops on which model.keras and model.onnx are compared
 
 
@@ -437,11 +438,21 @@ def _examples(cells: pd.DataFrame, chosen: pd.Series, parts: list[Any], *, n_vie
 
 def _fit(plan: TrainingPlan, path: UPath, config: Config) -> ray.train.Result:
     """Trains. Raises: `TrainingError`, or the error that the workers met themselves; `KeyboardInterrupt`."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_S)
     with stderr_silenced():  # Ray's package loads TensorFlow in the driver, whose greetings no log level stops
         from ray.train.tensorflow import TensorflowTrainer
 
+    class Trainer(TensorflowTrainer):  # type: ignore[misc]  # Ray gives no types
+        """Without the actor that frees the workers' CPUs should Ray's controller die: the end of this job does that. It
+        asks Ray's dashboard, and where there is none every training waits 12 s for its end.
+        """
+
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [one for one in made if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
     filesystem, root = storage.arrow_filesystem(path)
-    trainer = TensorflowTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config=plan,
         scaling_config=ray.train.ScalingConfig(

@@ -53,6 +53,14 @@ def test_a_run_has_every_epoch_and_the_weights_of_the_best(line: Line):
     assert (line.run / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rays_controller_ends_without_a_wait(line: Line):
+    """Its helper that asks the dashboard, which is not there, would be waited for at the end of each training."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "train"
+    told = "".join(log.read_text() for log in logs.glob("*sys-controller*"))
+    assert "Worker group shutdown successful" in told
+    assert "PlacementGroupCleaner" not in told
+
+
 def test_the_saved_model_gives_the_validation_loss_of_the_best_epoch(line: Line):
     splits = pq.read_table(line.run / "splits.parquet").to_pandas().set_index("image_id")
     crops = storage.read_table(storage.locate(str(line.dataset / "crops")))
