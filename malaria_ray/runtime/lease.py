@@ -82,6 +82,8 @@ def held(path: UPath) -> Iterator[None]:
         if not taken_by:
             raise
     finally:
+        if is_main:
+            signal.signal(_TAKEN, signal.SIG_IGN)  # one that is on its way has nothing to stop any more
         is_over.set()
         beating.join()
         if is_main:

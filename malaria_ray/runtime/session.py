@@ -88,7 +88,8 @@ def _nodes() -> list[dict[str, float]]:
 
 def _room(nodes: list[dict[str, float]], cpus: int, gpus: float) -> int:
     needs = _needs(cpus, gpus)
-    return int(sum(min(node.get(name, 0) // n for name, n in needs.items()) for node in nodes))
+    fitting = (min(node.get(name, 0) / n for name, n in needs.items()) for node in nodes)
+    return sum(int(n + 1e-9) for n in fitting)  # of one GPU five processes of 0.2, though 1 // 0.2 is 4
 
 
 def _needs(cpus: int, gpus: float) -> dict[str, float]:

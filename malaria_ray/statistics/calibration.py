@@ -7,7 +7,7 @@ given those of the validation split and no others, because a threshold chosen on
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,6 @@ class Calibration:
         _check_temperature(self.temperature)
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold is {self.threshold}: allowed is 0..1")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Calibration:
-        return cls(**values)
 
 
 def fit(label: ArrayLike, score: ArrayLike, patient_id: ArrayLike, *, specificity: float | None = None) -> Calibration:

@@ -78,9 +78,10 @@ def fit_novelty(
     share  of validation images that are not novel, in 0..1. Training images lie nearer than any others and cannot
         say; validation images are of other patients and can
 
-    The covariance is shrunk towards a multiple of the identity by oracle approximating shrinkage (Chen et al. 2010,
-    Shrinkage algorithms for MMSE covariance estimation, eq. 23), so that it exists for fewer images than numbers and
-    for numbers that never vary. 512 numbers of 20,000 images take half a second and make 1 MB, and a distance 13 µs.
+    The covariance is shrunk towards a multiple of the identity by oracle approximating shrinkage, scikit-learn's `oas`
+    (Chen et al. 2010, Shrinkage algorithms for MMSE covariance estimation, without the 2 / p of eq. 23), so that it
+    exists for fewer images than numbers and for numbers that never vary. 512 numbers of 20,000 images take half a
+    second and make 1 MB, and a distance 13 µs.
 
     Raises DatasetError for features or labels that cannot be used, and fewer than two labelled images.
     """
@@ -118,16 +119,11 @@ def _distance(features: Features, means: Features, whitening: Features) -> Featu
 
 def _shrunk_covariance(centred: Floats) -> Floats:
     """(d, d) covariance of the rows of (n, d) around 0, shrunk towards its mean variance."""
-    n, d = centred.shape
-    covariance = centred.T @ centred / n
-    mean_variance = float(np.trace(covariance)) / d
-    if mean_variance == 0:
+    from sklearn.covariance import oas  # actors, which never fit, start sooner without it
+
+    if not centred.any():
         raise DatasetError("the features of all training images are the same: no distance can be measured by them")
-    squares = float(np.mean(covariance**2))
-    excess = (n + 1) * (squares - mean_variance**2 / d)
-    shrinkage = 1.0 if excess <= 0 else min(1.0, (squares + mean_variance**2) / excess)
-    shrunk: Floats = (1 - shrinkage) * covariance
-    shrunk.flat[:: d + 1] += shrinkage * mean_variance
+    shrunk: Floats = oas(centred, assume_centered=True)[0]
     return shrunk
 
 

@@ -36,9 +36,7 @@ def patient_counts(
     threshold: float,
     split: ArrayLike | None = None,
     parasitized: Collection[str] = (),
-    confidence: float = 0.95,
     rates: ErrorRates | None = None,
-    patient_specificity: float = calls.PATIENT_SPECIFICITY,
 ) -> pd.DataFrame:
     """The columns of `schema.PATIENTS`, one row per patient and split, sorted by both.
 
@@ -50,10 +48,10 @@ def patient_counts(
 
     `ci_low` and `ci_high` are Wilson's interval of `parasitized_fraction`, for the crops of this row
     alone. The columns after them are of `statistics.calls`, from the model's `rates` of error at the same threshold,
-    and null without: fractions corrected for them, the call at `patient_specificity`, the limit of detection.
+    and null without: fractions corrected for them, the call, the limit of detection.
 
-    Raises DatasetError for bad labels, scores or lengths, ConfigError for a flag out of range or rates of another
-    threshold.
+    Raises DatasetError for bad labels, scores or lengths, ConfigError for a threshold out of range or other than
+    that of the rates.
     """
     scores = check_scores(score)
     labels = check_labels(label, nullable=True)
@@ -78,7 +76,7 @@ def patient_counts(
     patient_of_row, split_of_row = np.divmod(rows, len(splits))
     n_cells = np.bincount(row, minlength=len(rows))
     n_parasitized = np.bincount(row[called_parasitized(scores, threshold)[has_patient]], minlength=len(rows))
-    ci_low, ci_high = wilson(n_parasitized, n_cells, confidence)
+    ci_low, ci_high = wilson(n_parasitized, n_cells)
     table = pd.DataFrame(
         {
             "patient_id": ids[patient_of_row],
@@ -90,13 +88,11 @@ def patient_counts(
             "ci_high": ci_high,
         }
     )
-    table = table.assign(**_corrected(table, threshold, rates, patient_specificity, confidence))
+    table = table.assign(**_corrected(table, threshold, rates))
     return table.assign(split=splits[split_of_row])
 
 
-def _corrected(
-    table: pd.DataFrame, threshold: float, rates: ErrorRates | None, specificity: float, confidence: float
-) -> dict[str, Any]:
+def _corrected(table: pd.DataFrame, threshold: float, rates: ErrorRates | None) -> dict[str, Any]:
     """The columns of `schema.PATIENTS` that need the model's rates of error."""
     if rates is None:
         unknown = pd.Series(np.nan, index=table.index)
@@ -111,15 +107,15 @@ def _corrected(
         }
     check_same_threshold(rates, threshold)
     k, n = table["n_parasitized"].to_numpy(), table["n_cells"].to_numpy()
-    value, low, high = calls.corrected_fraction(k, n, rates, confidence=confidence)
+    value, low, high = calls.corrected_fraction(k, n, rates)
     return {
         "corrected_fraction": value,
         "corrected_ci_low": low,
         "corrected_ci_high": high,
-        "call": calls.patient_call(k, n, rates, specificity=specificity, confidence=confidence),
-        "call_threshold": calls.call_threshold(rates, specificity),
-        "limit_of_detection": calls.limit_of_detection(n, rates, specificity=specificity, confidence=confidence),
-        "n_more_cells": calls.n_more_cells(k, n, rates, specificity=specificity, confidence=confidence),
+        "call": calls.patient_call(k, n, rates),
+        "call_threshold": calls.call_threshold(rates),
+        "limit_of_detection": calls.limit_of_detection(n, rates),
+        "n_more_cells": calls.n_more_cells(k, n, rates),
     }
 
 

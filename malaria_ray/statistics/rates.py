@@ -8,13 +8,12 @@ diagnosis, Frontiers in Malaria 2:1250220).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import betainc, betaln, expit, logit, ndtr, ndtri
-from scipy.stats import beta as beta_distribution
 
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.schema import Label
@@ -58,14 +57,6 @@ class PatientRate:
         found: Floats = expit(np.interp(scores, _NORMAL_SCORES, logit(np.array(self.quantiles))))
         return found
 
-    @classmethod
-    def of_beta(cls, alpha: float, beta: float) -> PatientRate:
-        """Rates that are known, from elsewhere, to be beta distributed between patients."""
-        smallest, largest = expit(_LOGIT_OF_RATE[[0, -1]])
-        quantiles = np.clip(beta_distribution.ppf(SHARES, alpha, beta), smallest, largest)
-        n_errors = round(alpha / (alpha + beta) * 10**9)
-        return cls(quantiles=tuple(quantiles.tolist()), n_errors=n_errors, n_cells=10**9, n_patients=0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorRates:
@@ -78,9 +69,6 @@ class ErrorRates:
     false_positive: PatientRate
     false_negative: PatientRate
     threshold: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ErrorRates:
@@ -123,21 +111,14 @@ def fit_rate(n_errors: ArrayLike, n_cells: ArrayLike) -> PatientRate:
     )
 
 
-def fit_error_rates(
-    patient_id: ArrayLike,
-    label: ArrayLike,
-    score: ArrayLike,
-    *,
-    threshold: float,
-    uninfected_patients_only: bool = False,
-) -> ErrorRates:
+def fit_error_rates(patient_id: ArrayLike, label: ArrayLike, score: ArrayLike, *, threshold: float) -> ErrorRates:
     """Rates of error from labelled cells that the model has not learnt from (the validation split).
 
     patient_id  (n,) of strings; cells without one (null) are left out
     label, score, threshold  as in `statistics.metrics`
-    uninfected_patients_only  learn the false-positive rate from patients without any parasitized cell, as Delahunt
-        et al. do, and not from the uninfected cells of all; there are few such patients, and wrong labels are in the
-        cells of the others
+
+    The false-positive rate is learnt from the uninfected cells of all patients, not only of those without any
+    parasitized cell as Delahunt et al. do: of such there are few. Wrong labels are in the cells of the others.
 
     Raises DatasetError for bad columns, and where no cell of one class has a patient; ConfigError for a threshold
     outside 0..1.
@@ -152,13 +133,10 @@ def fit_error_rates(
         return np.bincount(codes[chosen & is_known], minlength=len(ids))
 
     uninfected, parasitized = labels == Label.uninfected, labels == Label.parasitized
-    if uninfected_patients_only:
-        uninfected = uninfected & (per_patient(parasitized)[codes] == 0) if len(ids) else uninfected
     for cells, name in ((uninfected, "uninfected"), (parasitized, "parasitized")):
         if not np.any(cells & is_known):
-            of = "uninfected patient" if uninfected_patients_only and name == "uninfected" else "patient"
             raise DatasetError(
-                f"no {name} validation cell of a known {of}: the model's rates of error cannot be learnt, so no "
+                f"no {name} validation cell of a known patient: the model's rates of error cannot be learnt, so no "
                 "patient's fraction can be corrected; validate on cells of both classes with their patients"
             )
     return ErrorRates(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -33,16 +33,12 @@ class Validation:
         return _calibrated_threshold(self.calibration)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "calibration": self.calibration.to_dict(),
-            "rates": self.rates.to_dict() if self.rates else None,
-            "rates_missing": self.rates_missing,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Validation:
         return cls(
-            calibration=Calibration.from_dict(values["calibration"]),
+            calibration=Calibration(**values["calibration"]),
             rates=ErrorRates.from_dict(values["rates"]) if values["rates"] else None,
             rates_missing=values["rates_missing"],
         )
@@ -58,7 +54,8 @@ def learn_from_validation(cells: pd.DataFrame, *, specificity: float | None = No
     The threshold and the rates at it are of the same cells. `threshold_for_specificity` is chosen so that it holds for
     new ones too; with a threshold chosen freely on few cells the rates would come out a little too good.
 
-    Raises DatasetError and ConfigError as `calibration.fit` does. Where only the rates of error cannot be learnt, as
+    Raises DatasetError and ConfigError as `calibration.fit` does, and DatasetError where no calibrated score can be the
+    threshold. Where only the rates of error cannot be learnt, as
     without patients, it says so in `rates_missing`.
     """
     validation = cells[cells["split"] == Split.val]
@@ -67,8 +64,9 @@ def learn_from_validation(cells: pd.DataFrame, *, specificity: float | None = No
     label, score, patient = validation["label"], validation["score"], validation["patient_id"]
     found = calibration.fit(label, score, patient, specificity=specificity)
     calibrated = calibration.calibrate(np.asarray(score, np.float32), found.temperature)
+    threshold = _calibrated_threshold(found)
     try:
-        rates = fit_error_rates(patient, label, calibrated, threshold=_calibrated_threshold(found))
+        rates = fit_error_rates(patient, label, calibrated, threshold=threshold)
     except DatasetError as error:
         return Validation(calibration=found, rates=None, rates_missing=str(error))
     return Validation(calibration=found, rates=rates, rates_missing=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ def test_a_calibration_survives_json() -> None:
     patient = [f"P{i % 7}" if i else None for i in range(500)]
     found = calibration.fit(label, score, patient, specificity=0.9)
     assert (found.n, found.n_patients, found.specificity) == (500, 7, 0.9)
-    assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert Calibration(**json.loads(json.dumps(asdict(found)))) == found
     # The very same cells are called after JSON as before.
     assert np.float32(found.threshold) == np.float32(threshold_for_specificity(label, score, 0.9))
 

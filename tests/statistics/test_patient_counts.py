@@ -8,12 +8,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rates import of_beta
 
 from malaria_ray import schema
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.statistics.intervals import bootstrap_over_patients
 from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
-from malaria_ray.statistics.rates import ErrorRates, PatientRate, fit_error_rates
+from malaria_ray.statistics.rates import ErrorRates, fit_error_rates
 
 CELLS = pd.DataFrame(
     [
@@ -185,8 +186,8 @@ def test_the_bootstrap_takes_patients_as_its_cells() -> None:
 
 
 RATES = ErrorRates(
-    false_positive=PatientRate.of_beta(1, 49),
-    false_negative=PatientRate.of_beta(3, 47),
+    false_positive=of_beta(1, 49),
+    false_negative=of_beta(3, 47),
     threshold=0.5,
 )
 CORRECTED = ["corrected_fraction", "corrected_ci_low", "corrected_ci_high", "call", "call_threshold"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rates import of_beta
 from scipy import stats
 
 from malaria_ray.errors import ConfigError, DatasetError
-from malaria_ray.statistics.rates import ErrorRates, PatientRate, check_same_threshold, fit_error_rates, fit_rate
+from malaria_ray.statistics.rates import ErrorRates, check_same_threshold, fit_error_rates, fit_rate
 
 
 def simulated(n_patients: int, mean: float, correlation: float, n_cells: int, seed: int = 0) -> tuple[np.ndarray, int]:
@@ -81,7 +83,7 @@ def test_any_counts_give_a_rate_between_0_and_1(counts: list[tuple[int, int]]) -
 
 
 def test_a_known_beta_distribution_keeps_its_quantiles() -> None:
-    rate = PatientRate.of_beta(2, 50)
+    rate = of_beta(2, 50)
     shares = [0.001, 0.05, 0.5, 0.95, 0.999]
     np.testing.assert_allclose(rate.quantile(shares), stats.beta.ppf(shares, 2, 50), rtol=2e-3)
     assert rate.mean == pytest.approx(2 / 52)
@@ -106,8 +108,6 @@ def test_rates_count_the_cells_of_known_patients() -> None:
     false_positive, false_negative = rates.false_positive, rates.false_negative
     assert (false_positive.n_errors, false_positive.n_cells, false_positive.n_patients) == (2, 4, 3)
     assert (false_negative.n_errors, false_negative.n_cells, false_negative.n_patients) == (1, 3, 2)
-    only = fit_error_rates(PATIENT, LABEL, SCORE, threshold=0.5, uninfected_patients_only=True).false_positive
-    assert (only.n_errors, only.n_cells, only.n_patients) == (1, 2, 1)
 
 
 def test_rates_do_not_depend_on_row_order() -> None:
@@ -117,25 +117,23 @@ def test_rates_do_not_depend_on_row_order() -> None:
 
 def test_rates_survive_json() -> None:
     rates = fit_error_rates(PATIENT, LABEL, SCORE, threshold=0.5)
-    assert ErrorRates.from_dict(json.loads(json.dumps(rates.to_dict()))) == rates
+    assert ErrorRates.from_dict(json.loads(json.dumps(asdict(rates)))) == rates
 
 
 @pytest.mark.parametrize(
-    ("patient", "label", "only", "message"),
+    ("patient", "label", "message"),
     [
-        (["P1", "P2"], [0, 0], False, "no parasitized validation cell of a known patient"),
-        (["P1", "P2"], [1, 1], False, "no uninfected validation cell of a known patient"),
-        ([None, "P2"], [0, 1], False, "no uninfected validation cell of a known patient"),
-        ([None, None], [0, 1], False, "no uninfected validation cell of a known patient"),
-        ([None, None], [0, 1], True, "no uninfected validation cell of a known uninfected patient"),
-        (["P1", "P1"], [0, 1], True, "no uninfected validation cell of a known uninfected patient"),
+        (["P1", "P2"], [0, 0], "no parasitized validation cell of a known patient"),
+        (["P1", "P2"], [1, 1], "no uninfected validation cell of a known patient"),
+        ([None, "P2"], [0, 1], "no uninfected validation cell of a known patient"),
+        ([None, None], [0, 1], "no uninfected validation cell of a known patient"),
     ],
 )
 def test_rates_that_cannot_be_learnt_are_one_clear_line(
-    patient: list[str | None], label: list[int], only: bool, message: str
+    patient: list[str | None], label: list[int], message: str
 ) -> None:
     with pytest.raises(DatasetError, match=message):
-        fit_error_rates(patient, label, [0.1, 0.9], threshold=0.5, uninfected_patients_only=only)
+        fit_error_rates(patient, label, [0.1, 0.9], threshold=0.5)
 
 
 def test_rates_of_another_threshold_are_refused() -> None:

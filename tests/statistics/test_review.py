@@ -60,6 +60,21 @@ def test_the_most_valuable_image_comes_first() -> None:
     assert ranked["value"].is_monotonic_decreasing
 
 
+def test_what_is_unsure_weighs_twice_in_an_undecided_patient_and_a_strange_image_half_a_coin() -> None:
+    rows = [  # image, score, patient, novel, value
+        ("called", 0.999, "P1", False, 2 * 0.5),
+        ("unsure of undecided", 0.4, "P1", False, 2 * 0.4),
+        ("strange of undecided", 0.001, "P1", True, 2 * 0.25),
+        ("unsure", 0.48, "C1", False, 0.48),
+        ("strange", 0.001, "C1", True, 0.25),
+        ("less unsure", 0.15, "C1", False, 0.15),
+    ]
+    images = pd.DataFrame(rows, columns=["image_id", "score", "patient_id", "is_novel", "value"])
+    table = reviewed(images.assign(quality_flags=[[]] * len(images)))
+    assert table["value"].tolist() == pytest.approx(images["value"].tolist())
+    assert table["rank"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_table_is_that_of_the_schema() -> None:
     table = reviewed()
     assert list(table) == schema.REVIEW.names

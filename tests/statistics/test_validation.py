@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from malaria_ray.errors import DatasetError
-from malaria_ray.statistics.calibration import Calibration, calibrate
+from malaria_ray.statistics.calibration import calibrate
 from malaria_ray.statistics.validation import Validation, learn_from_validation
 
 
@@ -80,9 +80,10 @@ def test_the_threshold_of_calibrated_scores_excludes_the_cells_that_it_must(star
 
 
 def test_a_temperature_at_which_the_excluded_cells_score_one_is_one_clear_line() -> None:
-    found = Calibration(temperature=0.05, threshold=0.97, specificity=0.99, n=200, n_patients=0)
+    score = np.array([0.42] * 1000 + [0.95] * 20 + [0.58] * 1000 + [0.42] * 3, np.float32)
+    cells = pd.DataFrame({"split": "val", "patient_id": "P1", "label": [0] * 1020 + [1] * 1003, "score": score})
     with pytest.raises(DatasetError, match="must exclude have a calibrated score of 1; lower it"):
-        _ = Validation(calibration=found, rates=None, rates_missing="").threshold
+        learn_from_validation(cells, specificity=0.99)
 
 
 def test_the_rates_are_those_at_the_threshold() -> None:
