@@ -115,7 +115,10 @@ def write_bytes(path: UPath, data: bytes | memoryview) -> None:
 
 
 def read_json(path: UPath) -> dict[str, Any]:
-    return cast("dict[str, Any]", json.loads(path.read_bytes()))
+    """The file as it was or as it is where it is replaced meanwhile; opened, a file of an object store would refuse to
+    be read on.
+    """
+    return cast("dict[str, Any]", json.loads(path.fs.cat_file(path.path)))
 
 
 def write_json(path: UPath, content: dict[str, Any]) -> None:

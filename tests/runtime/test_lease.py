@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +171,26 @@ def test_it_is_the_same_on_an_object_store(s3, quick: None):
         with pytest.raises(DirectoryError, match="is being written by"):
             try_to_hold(folder)
     assert not (folder / lease.FILE).exists()
+
+
+def test_it_is_read_while_it_is_written_again_on_an_object_store(s3):
+    """Opened and then read, it was of another version between the two: "pre-conditions … did not hold"."""
+    file = storage.locate("s3://cells-bucket/read/writer.json")
+    storage.write_json(file, {"beat": 0})
+    is_over = threading.Event()
+
+    def write() -> None:
+        n = 0
+        while not is_over.is_set():
+            storage.write_json(file, {"beat": (n := n + 1)})
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    found = [storage.read_json(file)["beat"] for _ in range(100)]
+    is_over.set()
+    writing.join()
+    assert found == sorted(found)
+    assert found[-1] > found[0]
 
 
 RACE = """
