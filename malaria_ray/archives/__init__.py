@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from upath import UPath
 
+from malaria_ray.archives.containers import State
 from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import outputs, storage
 
@@ -23,9 +24,12 @@ _ALLOWED = (
 
 
 class Archive(Protocol):
-    """One archive. `places()` yields tables with the columns of `schema.LISTING` that the kind knows."""
+    """One archive. `places()` yields tables with the columns of `schema.LISTING` that the kind knows. `states`: of each
+    file that holds many, by its URL, the state that it was in before it was listed.
+    """
 
     url: str
+    states: dict[str, State]
 
     def identity(self) -> dict[str, Any]:
         """What tells, without listing, that this is still the same archive; JSON values."""

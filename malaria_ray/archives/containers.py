@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow as pa
 from upath import UPath
@@ -28,6 +29,7 @@ WAITS_S = (0.5, 1.0, 2.0)
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """What another try would say again."""
 
+_N_THREADS = 16  # files looked at together: what is waited for is the network
 _READ_AHEAD = 8 * 1024**2  # of a remote file: its headers are read one after the other
 _DETAIL_LETTERS = 300  # kept of what a storage's client says: some append a whole page
 
@@ -54,16 +56,24 @@ def opened(path: UPath, *, is_read_in_order: bool = True) -> Iterator[BinaryIO]:
         raise not_read(path, error) from error
 
 
-def listed(path: UPath, places: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """The tables of `places`, which lists the file. A remote one that fails is listed again from its beginning.
+State = dict[str, str]
+"""What storage tells of a file that is another once the file was replaced: size, time, tag."""
+
+
+def listed(path: UPath, places: Callable[[], Iterator[pa.Table]], states: dict[str, State]) -> Iterator[pa.Table]:
+    """The tables of `places`, which lists the file. A remote one that fails is listed again from its beginning. What
+    state the file was in before is left in `states`, by its URL.
 
     Raises: `ArchiveError` of the last try, or at once where another would say the same.
     """
+    url = storage.as_url(path)
     if storage.is_local(path):
+        states[url] = _state(_info(path))
         yield from places()
         return
     for wait_s in (*WAITS_S, None):
         try:
+            states[url] = _state(_info(path))
             tables = list(places())
         except ArchiveError as error:
             is_final = isinstance(error.__cause__, FINAL) or _NO_RANGES in str(error)
@@ -83,21 +93,36 @@ def name_of(path: UPath) -> str:
 
 def n_bytes(path: UPath) -> int:
     """Size of the file. Raises: `ArchiveError` in one line."""
-    try:
-        return int(path.fs.info(path.path)["size"] or 0)
-    except Exception as error:
-        raise not_read(path, error) from error
+    return int(_info(path)["size"] or 0)
 
 
 _STATE = ("size", "mtime", "ETag", "LastModified", "Last-Modified", "etag", "last_modified", "updated", "md5Hash")
 
 
-def state(path: UPath) -> dict[str, str]:
-    """What storage tells of a file that is another once it was replaced. Raises: `ArchiveError`."""
+def _state(info: dict[str, Any]) -> State:
+    return {name: str(info[name]) for name in _STATE if name in info}
+
+
+def _info(path: UPath) -> dict[str, Any]:
+    """What storage tells of the file. Raises: `ArchiveError` in one line."""
+    try:
+        return cast("dict[str, Any]", path.fs.info(path.path))
+    except Exception as error:
+        raise not_read(path, error) from error
+
+
+def state(path: UPath) -> State:
+    """The state of a file that was there before. Raises: `ArchiveError`."""
     found = tried(lambda: path.fs.info(path.path))
     if isinstance(found, ReadError):
         raise ArchiveError(f"{path} cannot be looked at: {found.detail}; check that it is still there")
-    return {name: str(found[name]) for name in _STATE if name in found}
+    return _state(found)
+
+
+def states(paths: Sequence[UPath]) -> dict[str, State]:
+    """The states of many files by their URLs. Raises: `ArchiveError`."""
+    with ThreadPoolExecutor(_N_THREADS) as pool:
+        return dict(zip(map(storage.as_url, paths), pool.map(state, paths), strict=True))
 
 
 def not_read(path: UPath, error: Exception) -> ArchiveError:

@@ -24,6 +24,7 @@ class DatasetArchive:
     def __init__(self, path: UPath):
         self.path = path
         self.url = str(path)
+        self.states: dict[str, containers.State] = {}
         self.success = outputs.check_complete(path, "ingest")
         self.image_size: int = outputs.read_config(path, "ingest")["identity"]["image_size"]
 
@@ -31,8 +32,10 @@ class DatasetArchive:
         return {"archive": self.url, "dataset_digest": self.success["dataset_digest"]}
 
     def places(self) -> Iterator[pa.Table]:
+        parts = storage.parts(self.path / "crops")
+        self.states |= containers.states(parts)
         manifest = storage.read_table(self.path / "manifest.parquet", columns=["image_id", "n_bytes"])
-        tables = [_places(part) for part in storage.parts(self.path / "crops")]
+        tables = [_places(part) for part in parts]
         if not tables:
             return
         places = pa.concat_tables(tables)

@@ -35,6 +35,7 @@ class FolderArchive:
     def __init__(self, path: UPath):
         self.path = path
         self.url = str(path)
+        self.states: dict[str, containers.State] = {}
 
     def identity(self) -> dict[str, Any]:
         return {"archive": self.url}
@@ -134,8 +135,8 @@ class FolderArchive:
         name = shard[0]
         path = storage.locate(f"{storage.as_url(self.path).rstrip('/')}/{storage.address_of(name, self.path)}")
         if name.lower().endswith(".tar"):
-            return list(containers.listed(path, lambda: tar_places(path))), [], [], []
-        return list(containers.listed(path, lambda: self._rows(path, shard))), [], [], []
+            return list(containers.listed(path, lambda: tar_places(path), self.states)), [], [], []
+        return list(containers.listed(path, lambda: self._rows(path, shard), self.states)), [], [], []
 
     def _rows(self, path: UPath, shard: _Row) -> Iterator[pa.Table]:
         if is_parquet_of_images(path):

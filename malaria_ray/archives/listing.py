@@ -7,8 +7,6 @@ import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,6 @@ _BATCH_ROWS = 100_000  # at a time, where columns are computed
 _SCHEMA = LISTING.arrow_schema().set(
     LISTING.names.index("container"), pa.field("container", pa.dictionary(pa.int32(), pa.string()))
 )
-_N_THREADS = 16  # containers looked at together: what is waited for is the network
 _KEPT = "listing.json"
 
 
@@ -68,23 +65,16 @@ def list_archive(
     return listing.set_column(0, "key", pa.array(np.arange(listing.num_rows)))
 
 
-@contextmanager
-def unchanged(listing: pa.Table) -> Iterator[None]:
-    """Around reading: its containers of many files must be the same ones at the end. Places in a tar or Parquet file
-    that was replaced meanwhile are those of other images.
+def check_unchanged(archive: Archive, listing: pa.Table) -> None:
+    """Behind reading: the listing's containers of many files must be those that were listed. Places in a tar or Parquet
+    file that was replaced since are those of other images.
 
     Raises: `ArchiveError` where one is not.
     """
     many = pc.unique(listing["container"].filter(pc.is_valid(listing["offset"]))).to_pylist()
-
-    def states() -> list[dict[str, str]]:
-        with ThreadPoolExecutor(_N_THREADS) as pool:
-            return list(pool.map(lambda url: containers.state(storage.locate(url)), many))
-
-    before = states()
-    yield
-    for url, was, now in zip(many, before, states(), strict=True):
-        if was != now:
+    now = containers.states([storage.locate(url) for url in many]).values()
+    for url, state in zip(many, now, strict=True):
+        if archive.states[url] != state:
             raise ArchiveError(
                 f"{storage.locate(url)} was replaced while it was read; run again: that goes on where the same files "
                 "lie in it in the same order, and says so where they do not"

@@ -41,13 +41,14 @@ class ParquetArchive:
     def __init__(self, path: UPath):
         self.path = path
         self.url = str(path)
+        self.states: dict[str, containers.State] = {}
 
     def identity(self) -> dict[str, Any]:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
         name = without_ending(containers.name_of(self.path))
-        return containers.listed(self.path, lambda: parquet_places(self.path, name=name))
+        return containers.listed(self.path, lambda: parquet_places(self.path, name=name), self.states)
 
 
 class PackedArchive:
@@ -56,6 +57,7 @@ class PackedArchive:
     def __init__(self, path: UPath):
         self.path = path
         self.url = str(path)
+        self.states: dict[str, containers.State] = {}
         self.success = outputs.check_complete(path, "pack")
 
     def identity(self) -> dict[str, Any]:
@@ -63,6 +65,7 @@ class PackedArchive:
 
     def places(self) -> Iterator[pa.Table]:
         """From `listing.parquet`, whose containers are named from the directory: it may have been moved."""
+        self.states |= containers.states(storage.parts(self.path / "images"))
         listing = storage.read_table(self.path / "listing.parquet").drop_columns(["key"])
         root = pa.scalar(storage.as_url(self.path).rstrip("/"))
         for batch in listing.to_batches(max_chunksize=_BATCH):

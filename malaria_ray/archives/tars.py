@@ -39,12 +39,13 @@ class TarArchive:
     def __init__(self, path: UPath):
         self.path = path
         self.url = str(path)
+        self.states: dict[str, containers.State] = {}
 
     def identity(self) -> dict[str, Any]:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
-        return containers.listed(self.path, lambda: tar_places(self.path))
+        return containers.listed(self.path, lambda: tar_places(self.path), self.states)
 
 
 @dataclass(slots=True)

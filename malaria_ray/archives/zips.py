@@ -33,12 +33,13 @@ class ZipArchive:
     def __init__(self, path: UPath):
         self.path = path
         self.url = str(path)
+        self.states: dict[str, containers.State] = {}
 
     def identity(self) -> dict[str, Any]:
         return {"archive": self.url, "archive_bytes": containers.n_bytes(self.path)}
 
     def places(self) -> Iterator[pa.Table]:
-        return containers.listed(self.path, self._opened_places)
+        return containers.listed(self.path, self._opened_places, self.states)
 
     def _opened_places(self) -> Iterator[pa.Table]:
         try:

@@ -21,7 +21,7 @@ from upath import UPath
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, unchanged
+from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crop_pixels, crops_column
@@ -110,8 +110,8 @@ def run(config: Config) -> None:
     listed = time.monotonic()
     with ray_session():
         connected = time.monotonic()
-        with unchanged(listing):
-            n_read = _decode_all(listing, dataset, image_size=config.image_size)
+        n_read = _decode_all(listing, dataset, image_size=config.image_size)
+        check_unchanged(archive, listing)
     decoded = time.monotonic()
 
     manifest, files = _publish(dataset, listing["image_id"])

@@ -26,7 +26,7 @@ from upath import UPath
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, unchanged
+from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import UNKNOWN_BYTES, read_files
 from malaria_ray.cells.images import content_digest
@@ -99,8 +99,8 @@ def run(config: Config) -> None:
     log.info("%s: %s files into %d parts", archive.url, f"{listing.num_rows:,}", len(bounds))
     with ray_session():
         connected = time.monotonic()
-        with unchanged(listing):
-            n_packed = _pack_all(listing, bounds, packed)
+        n_packed = _pack_all(listing, bounds, packed)
+        check_unchanged(archive, listing)
     done = time.monotonic()
 
     work = outputs.work_of(packed, "pack")

@@ -29,7 +29,7 @@ import malaria_ray
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.folders import check_outside
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again, unchanged
+from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest, try_again
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
@@ -233,8 +233,8 @@ def run(config: Config) -> None:
             _reopen(results, retried, listing, is_finished=claim is None)
         check_same_listing(outputs.work_of(results, "screen"), listing)
         files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
-        with unchanged(listing):
-            n_scored = _score_all(listing, results, plan, config, pool)
+        n_scored = _score_all(listing, results, plan, config, pool)
+        check_unchanged(archive, listing)
         n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
     del listing  # what the driver holds grows with the archive: no more of it than is needed
     scored = time.monotonic()
