@@ -17,7 +17,7 @@ from rich.console import Console
 from malaria_ray import __version__
 from malaria_ray.errors import ConfigError, MalariaRayError
 from malaria_ray.runtime.redaction import without_secrets
-from malaria_ray.runtime.terminal import printable
+from malaria_ray.runtime.terminal import printable, stop_on_sigterm
 from malaria_ray.schema import RESEARCH_ONLY
 
 COMMANDS = {
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"malaria-ray: {command!r} is no command; allowed are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     _configure_output(debug)
+    stop_on_sigterm()
     try:
         return _run(command, rest)
     except MalariaRayError as error:
@@ -153,4 +154,7 @@ def _print_help() -> None:
     console.print("usage: malaria-ray COMMAND … [--debug]      malaria-ray COMMAND --help\n", markup=False)
     for name, meaning in COMMANDS.items():
         console.print(f"  {name:10} {meaning}")
-    console.print("\nExit status: 0 done, 1 failed with one line that says what to do, 2 wrong usage.")
+    console.print(
+        "\nExit status: 0 done, 1 failed with one line that says what to do, 2 wrong usage, 130 stopped by Ctrl-C or "
+        "SIGTERM."
+    )

@@ -7,6 +7,7 @@ two clocks are ever compared.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -14,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,19 @@ FILE = "_writer.json"
 BEAT_S = 10.0
 _TAKEN = signal.SIGUSR1  # not SIGINT, which a shell turns off for what it runs in the background
 _WATCH_S = 2.5 * BEAT_S  # for so long a writer elsewhere may give no sign
-_SETTLE_S = 0.5
+_SETTLE_S = 2.0  # in which the slowest of several writes to a store arrives
+_SIGNAL_EVERY_S = 2.0
+_FACTS = ("writer", "host", "kernel", "pid", "begun", "beat")
 
 
-class _Taken(BaseException):
-    """Raised in the main thread, and no `Exception`, which much code takes for a failed read and tries again."""
+class _Taken(KeyboardInterrupt):
+    """Raised in the main thread. As Ctrl-C: other exceptions are lost where Ray waits."""
 
 
 @contextmanager
-def held(path: UPath) -> Iterator[None]:
-    """Says in the directory that this process writes it, until the end of the block.
+def held(path: UPath) -> Iterator[Callable[[], None]]:
+    """Says in the directory that this process writes it, until the end of the block. Gives a check that it still does,
+    for whoever is about to change what cannot be changed back.
 
     Raises: `DirectoryError` where a process that lives writes it; where meanwhile another one took it, which it may
     when this one gave no sign for long: the main thread is then interrupted, as by Ctrl-C.
@@ -54,32 +58,40 @@ def held(path: UPath) -> Iterator[None]:
         "beat": 0,
     }
     _take(path, me)
-    is_over, taken_by = threading.Event(), list[dict[str, Any]]()
+    is_over, taken = threading.Event(), list[DirectoryError]()
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(_TAKEN, _interrupt) if is_main else None
+
+    def check() -> None:
+        found = _read(path)
+        if found is None or found["writer"] != me["writer"]:
+            who = f"is being written by {_name(found)}, which goes on" if found else "was written by another process"
+            raise DirectoryError(f"{path} {who}; this one stops")
 
     def beat() -> None:
         n = 0
         while not is_over.wait(BEAT_S):
             n += 1
             try:
-                found = _read(path)
-                if found is not None and found["writer"] != me["writer"]:
-                    taken_by.append(found)
-                    if is_main and not is_over.is_set():
-                        signal.pthread_kill(int(threading.main_thread().ident or 0), _TAKEN)
-                    return
-                if found is not None:  # where it is not, somebody deleted the directory
-                    storage.write_json(path / FILE, {**me, "beat": n})
+                check()
+                storage.write_json(path / FILE, {**me, "beat": n})
+            except DirectoryError as error:
+                if not path.exists():  # somebody deleted it all
+                    continue
+                taken.append(error)
+                break
             except Exception as error:  # storage's clients raise kinds of their own; the next beat may get through
                 log.debug("%s: no sign of life could be given: %s", path, error)
+        while taken and is_main and not is_over.is_set():  # not once: what the main thread waits in may drop it
+            signal.pthread_kill(int(threading.main_thread().ident or 0), _TAKEN)
+            is_over.wait(_SIGNAL_EVERY_S)
 
     beating = threading.Thread(target=beat, name="lease", daemon=True)
     beating.start()
     try:
-        yield
+        yield check
     except BaseException:
-        if not taken_by:
+        if not taken:
             raise
     finally:
         if is_main:
@@ -88,10 +100,9 @@ def held(path: UPath) -> Iterator[None]:
         beating.join()
         if is_main:
             signal.signal(_TAKEN, before)
-        if not taken_by:
-            _give_back(path)
-    if taken_by:
-        raise DirectoryError(f"{path} is being written by {_name(taken_by[0])}, which goes on; this one stops")
+        _give_back(path, me)
+    if taken:
+        raise taken[0]
 
 
 def _take(path: UPath, me: dict[str, Any]) -> None:
@@ -109,7 +120,14 @@ def _take(path: UPath, me: dict[str, Any]) -> None:
 def _is_created(path: UPath, me: dict[str, Any]) -> bool:
     """Makes the file where there is none and the storage lets only one of several do that: on a disk, by a link."""
     if not storage.is_local(path):
-        return False
+        try:
+            path.fs.pipe_file((path / FILE).path, json.dumps(me).encode(), mode="create")
+        except FileExistsError:
+            return False
+        except Exception as error:  # a store that has no such request, or fails: the other way is tried
+            log.debug("%s: %s", path / FILE, error)
+            return False
+        return True
     draft = path / f".{me['writer']}.tmp"
     storage.write_json(draft, me)
     try:
@@ -126,7 +144,7 @@ def _check_free(path: UPath) -> None:
     found = _read(path)
     if found is None:
         return
-    if found["kernel"] is not None and found["kernel"] == _kernel():
+    if found["kernel"] is not None and found["kernel"] == _kernel() and not _is_hidden(found["pid"]):
         if _begun(found["pid"]) != found["begun"]:
             return
     else:
@@ -153,22 +171,25 @@ def _interrupt(*_: Any) -> None:
     raise _Taken
 
 
-def _give_back(path: UPath) -> None:
+def _give_back(path: UPath, me: dict[str, Any]) -> None:
     try:
-        storage.remove(path / FILE)
+        if (_read(path) or me)["writer"] == me["writer"]:
+            storage.remove(path / FILE)
     except Exception as error:  # the next writer finds that this one has ended
         log.debug("%s could not be removed: %s", path / FILE, error)
 
 
 def _read(path: UPath) -> dict[str, Any] | None:
+    """The file; None where there is none, or it is not what a writer writes."""
     try:
-        return storage.read_json(path / FILE)
+        found: Any = storage.read_json(path / FILE)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return found if isinstance(found, dict) and found.keys() >= set(_FACTS) else None
 
 
 def _kernel() -> str | None:
-    """Where process numbers mean the same: one boot of one system, and one container of it. None where none tells."""
+    """Boot and PID namespace, within which process numbers mean the same; None where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -184,6 +205,17 @@ def _begun(pid: int) -> str | None:
     except OSError:
         return None
     return None if state in "ZX" else fields[18]
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether the process is there and /proc does not show it, as others' are hidden on some shared machines."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except ProcessLookupError:
+        pass
+    return False
 
 
 def _name(found: dict[str, Any]) -> str:

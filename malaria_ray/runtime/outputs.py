@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +33,7 @@ from malaria_ray.schema import PROVENANCE
 
 SUCCESS = "_SUCCESS.json"
 WORK = "_work"
+_CHANGED = "{} was finished or changed by another process meanwhile; run again to go on from there"
 _CONFIG_FILE = {
     "ingest": "config.json",
     "pack": "config.json",
@@ -44,7 +45,7 @@ _CONFIG_FILE = {
 
 @dataclass(frozen=True)
 class Claim:
-    """A directory that a stage may write: as it was until `begin`, so that what else refuses the work loses nothing.
+    """Permission to write a directory. Nothing changes until `begin`, so that a later check may still refuse the work.
     `seen`: what there was, as `_state` gives it; nothing where all is deleted first.
     """
 
@@ -63,7 +64,7 @@ class Claim:
         """
         hold(self.path)
         if not self.is_emptied and self.seen != _state(self.path, self.stage):
-            raise DirectoryError(f"{self.path} was changed by another process meanwhile; run again to see how")
+            raise DirectoryError(_CHANGED.format(self.path))
         if self.is_emptied:
             _empty(self.path, self.stage)
         _, was_finished = self.seen
@@ -73,14 +74,22 @@ class Claim:
             _write_config(self.path, self.stage, self.config, self.identity)
 
 
-_holds: ContextVar[ExitStack] = ContextVar("holds")
+@dataclass(frozen=True)
+class _Holds:
+    """What a stage holds while it runs: the leases, and of each directory the check that it is still held."""
+
+    leases: ExitStack
+    checks: dict[str, Callable[[], None]]
+
+
+_holds: ContextVar[_Holds] = ContextVar("holds")
 
 
 @contextmanager
 def one_writer() -> Iterator[None]:
     """Around a stage's `run`: the directory that it begins to write is no other process's until it ends, however."""
-    with ExitStack() as stack:
-        token = _holds.set(stack)
+    with ExitStack() as leases:
+        token = _holds.set(_Holds(leases, {}))
         try:
             yield
         finally:
@@ -89,7 +98,27 @@ def one_writer() -> Iterator[None]:
 
 def hold(path: UPath) -> None:
     """Takes a directory until the end of `one_writer`. Raises: `DirectoryError` where another process writes it."""
-    _holds.get().enter_context(lease.held(path))
+    holds = _holds.get()
+    if str(path) not in holds.checks:
+        holds.checks[str(path)] = holds.leases.enter_context(lease.held(path))
+
+
+def hold_finished(path: UPath, stage: str, success: dict[str, Any]) -> None:
+    """The same of a finished directory to which something is added. `success`: its `_SUCCESS.json` as it was read.
+
+    Raises: `DirectoryError` where another process writes the directory, or made it anew since.
+    """
+    hold(path)
+    if check_complete(path, stage) != success:
+        raise DirectoryError(_CHANGED.format(path))
+
+
+def check_held(path: UPath) -> None:
+    """Raises: `DirectoryError` where a directory that this process holds was taken by another one, as it may be while
+    this one was stopped for long. To be asked before what is there is replaced.
+    """
+    if (holds := _holds.get(None)) and (check := holds.checks.get(str(path))):
+        check()
 
 
 def claim(
@@ -140,7 +169,7 @@ def claim(
             "choose another directory, or --overwrite to delete it and begin again"
         )
     if is_finished and not has_grown:
-        _remove_work(path)  # of a process that was killed right behind its end
+        _remove_leftover(path)
         return None
     return replace(work, is_written=identity != found["identity"])
 
@@ -155,6 +184,7 @@ def write_table(
     code = {key: provenance()[key] for key in ("malaria_ray", "code_digest", "packages")}
     origin = json.dumps({"stage": stage, "identity": read_config(path, stage)["identity"], **code})
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), PROVENANCE: origin})
+    check_held(path)
     return {name: storage.write_table(path / name, table, sorted_by=sorted_by)}
 
 
@@ -166,6 +196,7 @@ def finish(
 
     Raises: `InvariantError` where a file does not lie there as it was written.
     """
+    check_held(path)
     _check_lie_there(path, files)
     name = _CONFIG_FILE[str(stage_of(path))]
     config = {name: storage.record_of(path / name)}
@@ -175,8 +206,18 @@ def finish(
 
 
 def _remove_work(path: UPath) -> None:
-    with suppress(FileNotFoundError):  # two may do it at once
+    with suppress(FileNotFoundError):  # another process may do it at the same moment
         storage.remove(path / WORK)
+
+
+def _remove_leftover(path: UPath) -> None:
+    """Removes the work folder that a process left which was killed right behind its end; not that of one that lives and
+    is about to open the directory again.
+    """
+    if (path / WORK).exists():
+        with suppress(DirectoryError, OSError), lease.held(path):
+            if (path / SUCCESS).exists():
+                _remove_work(path)
 
 
 def _check_lie_there(path: UPath, files: dict[str, FileRecord]) -> None:
@@ -279,8 +320,10 @@ def _write_config(path: UPath, stage: str, config: Any, identity: dict[str, Any]
 
 
 def _is_somebodys(path: UPath) -> bool:
-    """Whether there is anything but the name of a writer who was killed before he wrote more."""
-    return path.exists() and (not path.is_dir() or any(child.name != lease.FILE for child in path.iterdir()))
+    """Whether there is anything but what a writer leaves who was killed before the config was there."""
+    if not path.exists() or not path.is_dir():
+        return path.exists()
+    return any(child.name != lease.FILE and not storage.is_draft(child.name) for child in path.iterdir())
 
 
 def _check_is_ours(path: UPath, stage: str) -> None:
@@ -304,6 +347,7 @@ def _empty(path: UPath, stage: str) -> None:
     config = path / _CONFIG_FILE[stage]
     if not config.exists():
         return
+    storage.remove(path / SUCCESS)
     storage.write_json(config, {"stage": stage, "identity": {"deletion": "begun by --overwrite, not finished"}})
     for child in list(path.iterdir()):
         if child.name not in (config.name, lease.FILE):

@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from malaria_ray.errors import ConfigError, MalariaRayError
 from malaria_ray.runtime.quiet import stderr_silenced
+from malaria_ray.runtime.terminal import stop_on_sigterm
 
 log = logging.getLogger("malaria_ray")
 
@@ -124,6 +125,7 @@ def _start() -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"{where} could not be reached: {error}; unset RAY_ADDRESS to run on this machine") from error
+    stop_on_sigterm()  # Ray has set a handler that prints where its C++ was
 
 
 def _configure_data() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,6 +95,11 @@ def arrow_filesystem(path: UPath) -> tuple[pa.fs.FileSystem, str]:
     return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(path.fs)), path.path
 
 
+def is_draft(name: str) -> bool:
+    """Whether a file of this name is what a killed process was writing (`write_bytes`): of no table, and nobody's."""
+    return re.fullmatch(r"\.[0-9a-f]{16}\.tmp", name) is not None
+
+
 def write_bytes(path: UPath, data: bytes | memoryview) -> None:
     """Writes one file, seen whole or not at all; makes its folder."""
     if not is_local(path):
@@ -103,7 +109,7 @@ def write_bytes(path: UPath, data: bytes | memoryview) -> None:
     target = Path(path.path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Random and not the process id: processes in two containers on one shared disk may have the same id.
-    unfinished = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    unfinished = target.with_name(f".{secrets.token_hex(8)}.tmp")  # as `is_draft` knows it
     try:
         with unfinished.open("wb") as file:
             file.write(data)

@@ -1,12 +1,14 @@
 """What people see: tables on stdout, and the progress of long work, a bar on a terminal and plain log lines
-elsewhere.
+elsewhere. And how they stop it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +21,13 @@ from rich.table import Table
 log = logging.getLogger("malaria_ray")
 
 _LOG_EVERY_S = 10.0
-
-
 _PLAIN_WIDTH = 110  # columns of a table where there is no terminal to ask
+
+
+def stop_on_sigterm() -> None:
+    """Lets SIGTERM, by which batch systems end jobs, stop this process as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def console() -> Console:

@@ -55,6 +55,7 @@ class Config:
             raise ConfigError(f"--n-resamples {self.n_resamples}: at least 100 are needed for a 95 % interval")
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there
     already by the same code. Raises: `DirectoryError` where a table that screening writes is missing.
@@ -76,6 +77,7 @@ def run(config: Config) -> None:
         if marker.exists() and storage.read_json(marker)["identity"] == identity:
             log.info("%s is evaluated; nothing to do", results)
         else:
+            outputs.hold_finished(results, "screen", success)
             storage.remove(marker)
             known = connection.sql("SELECT image_id, split FROM cells").df()
             files = _evaluate(config, opened, known.set_index("image_id")["split"])
@@ -88,10 +90,10 @@ def run(config: Config) -> None:
         notices=[notice for notice in notices if notice is not None],
     )
     if config.against is not None:
-        _compare(config, results)
+        _compare(config, opened)
 
 
-def _compare(config: Config, results: UPath) -> None:
+def _compare(config: Config, opened: Results) -> None:
     """Writes differences/ and prints it. Raises: `DatasetError` where no image of both has a label."""
     theirs, ours = open_results([str(config.against), config.results])
     with connect([theirs, ours]) as connection:
@@ -99,6 +101,8 @@ def _compare(config: Config, results: UPath) -> None:
         pair = pair_of(connection, theirs, ours, n_resamples=config.n_resamples, seed=config.seed)
     if pair.metrics is None:
         raise DatasetError(f"{ours.path} and {theirs.path} share no labelled image; --against compares by labels")
+    results = opened.path
+    outputs.hold_finished(results, "screen", opened.success)
     storage.remove(results / DIFFERENCES.name)
     written = pa.Table.from_pandas(_difference_rows(pair), schema=DIFFERENCES.arrow_schema(), preserve_index=False)
     files = outputs.write_table(results, f"{DIFFERENCES.name}/{storage.part_name(0)}", written, stage="screen")

@@ -114,6 +114,7 @@ def run(config: Config) -> None:
         check_unchanged(archive, listing)
     decoded = time.monotonic()
 
+    outputs.check_held(dataset)
     manifest, files = _publish(dataset, listing["image_id"])
     _check_bad_fraction(manifest, dataset, config.max_bad_fraction)
     summary = _summary(manifest, config)

@@ -103,6 +103,7 @@ def run(config: Config) -> None:
         check_unchanged(archive, listing)
     done = time.monotonic()
 
+    outputs.check_held(packed)
     work = outputs.work_of(packed, "pack")
     records = [storage.read_json(_record(work, part)) for part in range(len(bounds))]
     counts = _counts(records)

@@ -47,7 +47,7 @@ class Config:
     thumbnails: int = 24
     """Cells that each gallery shows at most."""
     grad_cam: bool = True
-    """Where the model looked, beside each cell, for which the run must be where it was: leave it out."""
+    """Show where the model looked beside each cell, which needs the run where it was when it screened."""
     overwrite: bool = False
     """Write the report anew where it is there."""
 
@@ -56,13 +56,12 @@ class Config:
             raise ConfigError(f"--thumbnails {self.thumbnails}: allowed are 0 to {_MAX_THUMBNAILS}")
 
 
+@outputs.one_writer()
 def run(config: Config) -> None:
     """Writes the report; does nothing where it was made from the same tables by the same code."""
     (results,) = open_results([config.results])
     folder = results.path / "report"
     marker = folder / outputs.SUCCESS
-    if config.overwrite:
-        storage.remove(marker)
     identity = _identity(results, config)
     targets = {
         "report/index.html": folder / "index.html",
@@ -70,9 +69,10 @@ def run(config: Config) -> None:
         "croissant.json": results.path / "croissant.json",
     }
     is_there = marker.exists() and all(target.exists() for target in targets.values())
-    if is_there and storage.read_json(marker)["identity"] == identity:
+    if is_there and not config.overwrite and storage.read_json(marker)["identity"] == identity:
         log.info("%s has its report; nothing to do (--overwrite writes it anew)", results.path)
     else:
+        outputs.hold_finished(results.path, "screen", results.success)
         storage.remove(marker)
         pages = {
             "report/index.html": _page(results, config),

@@ -187,11 +187,12 @@ def run(config: Config) -> None:
         overwrite=config.overwrite,
         inputs=(archive.url, config.model, *config.patients),
     )
+    finished = outputs.check_complete(results, "screen") if claim is None else {}
     retried = _to_retry(results, config.retry_quarantined, is_finished=claim is None)
     if claim is None and not retried:
         log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
         _write_iceberg(config, results)
-        _print_summary(storage.read_json(results / outputs.SUCCESS))
+        _print_summary(finished)
         return
 
     read_run_file(run_path / model_file, sha256=trained["files"][model_file]["sha256"])
@@ -227,8 +228,7 @@ def run(config: Config) -> None:
         if claim is not None:  # all that could refuse the work has had its say
             claim.begin()
         else:
-            outputs.hold(results)
-            outputs.check_complete(results, "screen")  # still, now that nobody else can change it
+            outputs.hold_finished(results, "screen", finished)
         if retried:
             _reopen(results, retried, listing, is_finished=claim is None)
         check_same_listing(outputs.work_of(results, "screen"), listing)
@@ -240,6 +240,7 @@ def run(config: Config) -> None:
     scored = time.monotonic()
 
     with _scored_rows(results, n_files) as rows:
+        outputs.check_held(results)
         _remove_derived(results)
         files |= _publish(rows, results)
         counts = _counts(rows)
@@ -499,7 +500,7 @@ def _publish_table(rows: duckdb.DuckDBPyConnection, query: str, results: UPath, 
 
 
 def _write_iceberg(config: Config, results: UPath) -> None:
-    """Also where the results were finished before: rows that are there already stay as they are."""
+    """Idempotent: rows that are in the table stay as they are."""
     if config.table_format == "iceberg":
         iceberg.upsert_predictions(results, catalog=config.iceberg_catalog, table=config.iceberg_table)
 
@@ -541,7 +542,7 @@ def _to_retry(
 
 
 def _reopen(results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool) -> None:
-    """Makes the rows of these files undone, and finished results unfinished.
+    """Marks the rows of these files as not done, and opens finished results again.
 
     The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
     results are as they were; after it, the same command, or one without the flag, finishes them.

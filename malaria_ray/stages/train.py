@@ -284,6 +284,7 @@ def run(config: Config) -> None:
             storage.write_bytes(path / "augmented_samples.png", augmented_figure(*samples, "Training images, changed"))
             files["augmented_samples.png"] = storage.record_of(path / "augmented_samples.png")
 
+    outputs.check_held(path)
     validation = _learn(cells, splits, validated.scores, specificity=config.specificity)
     storage.write_json(path / "validation.json", validation.to_dict())
     storage.write_bytes(path / "novelty.npz", validated.novelty.to_bytes())

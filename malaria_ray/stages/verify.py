@@ -47,12 +47,14 @@ def run(config: Config) -> None:
     faults += checks[stage](path)
     if stage == "screen":
         faults += _count_faults(path, success["counts"])
+        faults += _evaluated_faults(path, success)
     added = outputs.files_added(path)
     faults += [*_file_faults(path, added), *_extra_files(path, added)]
     if faults:
         raise InvariantError(f"{path} does not hold: " + "; ".join(faults))
-    n_files, counts = len(success["files"] | added), success["counts"]
-    console().print(f"{path} holds: {n_files} files as written; {counts}", highlight=False, soft_wrap=True)
+    counted = {name.removeprefix("n_"): n for name, n in success["counts"].items() if isinstance(n, int)}
+    told = ", ".join(f"{name} {n:,}" for name, n in counted.items())
+    console().print(f"{path} holds: {len(success['files'] | added)} files as written; {told}", soft_wrap=True)
 
 
 def _file_faults(path: UPath, files: dict[str, Any]) -> Iterator[str]:
@@ -77,8 +79,19 @@ def _extra_files(path: UPath, files: dict[str, Any]) -> Iterator[str]:
     """
     for folder in sorted({name.rpartition("/")[0] for name in files if "/" in name}):
         for file in storage.children(path / folder):
-            if f"{folder}/{file.name}" not in files and file.name != outputs.SUCCESS:
+            is_known = f"{folder}/{file.name}" in files or file.name == outputs.SUCCESS
+            if not is_known and not storage.is_draft(file.name):
                 yield f"{folder}/{file.name} was not written by the stage"
+
+
+def _evaluated_faults(path: UPath, success: dict[str, Any]) -> Iterator[str]:
+    """Metrics that were computed from other predictions than those that are there."""
+    marker = path / "metrics" / outputs.SUCCESS
+    if not marker.exists():
+        return
+    found = {name: record["sha256"] for name, record in success["files"].items() if name.startswith("predictions/")}
+    if storage.read_json(marker)["identity"]["predictions"] != found:
+        yield "metrics/ and patients/ are of other predictions: run 'malaria-ray evaluate' again"
 
 
 def _dataset_faults(path: UPath) -> Iterator[str]:

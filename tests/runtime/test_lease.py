@@ -149,6 +149,69 @@ def test_a_writer_whose_directory_another_took_stops_and_leaves_it_to_him(
     assert storage.read_json(folder / lease.FILE)["pid"] == 7
 
 
+def test_a_writer_who_slept_while_another_took_the_directory_and_ended_stops(folder: UPath, quick: None):
+    def sleeps() -> None:
+        with lease.held(folder):
+            storage.remove(folder / lease.FILE)
+            time.sleep(30)
+
+    storage.write_json(folder / "config.json", {})
+    with pytest.raises(DirectoryError, match="was written by another process; this one stops"):
+        sleeps()
+    assert not (folder / lease.FILE).exists()
+
+
+def test_the_check_tells_at_once_and_what_is_anothers_is_not_given_back(folder: UPath):
+    with lease.held(folder) as check:
+        check()
+        elsewhere(folder, writer="another", pid=7)
+        with pytest.raises(DirectoryError, match="written by process 7 on other, which goes on; this one stops"):
+            check()
+    assert storage.read_json(folder / lease.FILE)["pid"] == 7
+
+
+def test_a_writer_is_stopped_also_where_the_first_signal_is_dropped(
+    folder: UPath, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lease, "_SIGNAL_EVERY_S", 0.2)
+    n_dropped = 0
+
+    def drops() -> None:
+        nonlocal n_dropped
+        with lease.held(folder):
+            elsewhere(folder, writer="another")
+            while n_dropped < 3:
+                try:
+                    time.sleep(30)
+                except KeyboardInterrupt:
+                    n_dropped += 1
+
+    with pytest.raises(DirectoryError, match="this one stops"):
+        drops()
+    assert n_dropped == 3
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"writer": "a", "kernel": null}', "", "\xff"])
+def test_a_file_that_no_writer_wrote_keeps_nobody_out(folder: UPath, content: str):
+    storage.write_bytes(folder / lease.FILE, content.encode("latin-1"))
+    try_to_hold(folder)
+
+
+def test_a_process_that_is_hidden_from_this_user_is_watched_for(
+    folder: UPath, writer: subprocess.Popen[str], quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    monkeypatch.setattr(lease, "_begun", lambda pid: "1" if pid == os.getpid() else None)
+    assert not lease._is_hidden(writer.pid), "its /proc is there, so it is not hidden"
+    assert lease._is_hidden(2**22 + 1)
+    elsewhere(folder, kernel=lease._kernel(), pid=2**22 + 1)
+    with pytest.raises(DirectoryError, match="is being written by"):
+        try_to_hold(folder)
+
+
 def test_a_deleted_directory_is_not_made_again_by_a_sign_of_life(folder: UPath, quick: None):
     with lease.held(folder):
         storage.remove(folder)

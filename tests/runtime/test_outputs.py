@@ -376,11 +376,63 @@ def test_a_directory_that_changed_since_it_was_claimed_is_left_alone(path: UPath
     before = tree(path)
     with (
         outputs.one_writer(),
-        pytest.raises(DirectoryError, match="was changed by another process meanwhile; run again to see how"),
+        pytest.raises(DirectoryError, match="was finished or changed by another process meanwhile; run again to go on"),
     ):
         claim.begin()
     assert tree(path) == before
     assert prepare(path) is (what != "finished")
+
+
+def test_what_is_added_to_a_finished_directory_is_added_to_the_one_that_was_read(path: UPath) -> None:
+    prepare(path)
+    finish(path)
+    success = outputs.check_complete(path, "ingest")
+    with outputs.one_writer():
+        outputs.hold_finished(path, "ingest", success)
+        outputs.hold_finished(path, "ingest", success)  # twice is no other process
+        assert (path / lease.FILE).exists()
+    prepare(path, overwrite=True)
+    finish(path)
+    storage.write_json(path / outputs.SUCCESS, {**success, "counts": {"n_files": 4}})
+    with outputs.one_writer(), pytest.raises(DirectoryError, match="was finished or changed by another process"):
+        outputs.hold_finished(path, "ingest", success)
+
+
+def test_work_of_a_finished_directory_that_another_process_opens_again_is_left(path: UPath) -> None:
+    prepare(path)
+    finish(path)
+    storage.write_bytes(path / "_work/part", b"1")
+    with outputs.one_writer():
+        outputs.hold(path)
+        assert not prepare(path)
+        assert (path / "_work/part").exists()
+    assert not prepare(path)
+    assert not (path / "_work").exists()
+
+
+def test_a_writer_whose_directory_was_made_anew_finishes_nothing(path: UPath) -> None:
+    prepare(path)
+    with outputs.one_writer():
+        outputs.hold(path)
+        storage.remove(path / lease.FILE)  # as a successor does who took it, wrote all anew and ended
+        for change in (
+            lambda: finish(path),
+            lambda: outputs.write_table(path, "t.parquet", pa.table({"x": [1]}), stage="ingest"),
+        ):
+            with pytest.raises(DirectoryError, match="was written by another process; this one stops"):
+                change()
+    assert not (path / outputs.SUCCESS).exists()
+
+
+def test_what_a_process_was_writing_as_it_was_killed_keeps_nobody_out(on_disk: UPath) -> None:
+    storage.write_bytes(on_disk / ".0123456789abcdef.tmp", b"{")
+    assert prepare(on_disk)
+    storage.remove(on_disk / "config.json")
+    assert prepare(on_disk, overwrite=True)
+    storage.remove(on_disk / "config.json")
+    storage.write_bytes(on_disk / ".notes.tmp", b"mine")
+    with pytest.raises(DirectoryError, match="was not made by"):
+        prepare(on_disk)
 
 
 @pytest.mark.parametrize("spoil", ["removed", "rewritten"])

@@ -122,6 +122,26 @@ def test_a_second_process_is_refused_and_the_first_ends_exact(
     assert not (results / "_writer.json").exists()
 
 
+def test_sigterm_stops_it_as_ctrl_c_does_and_it_goes_on(
+    line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
+):
+    results = tmp_path / "results"
+    stopped = command_of(many, results, line)
+    while not ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen")):
+        assert stopped.poll() is None, stopped.communicate()[0]
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=100)[0]
+    assert stopped.returncode == 130
+    assert output.endswith("malaria-ray screen: stopped; run the same command again to go on\n")
+    assert "***" not in output, "where Ray's C++ was"
+    assert not (results / "_writer.json").exists()
+    screen_of(many, results, line.run)
+    pd.testing.assert_frame_equal(predictions_of(results), undisturbed)
+    success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
+    assert success["timings"]["images_scored"] < success["counts"]["n_files"]
+
+
 def test_where_ncnn_is_missing_onnx_runtime_scores_and_the_results_say_so(line: Line, tmp_path: Path):
     (tmp_path / "ncnn.py").write_text("raise ImportError('made for another processor')")
     screening = command_of(line.archive, tmp_path / "results", line, PYTHONPATH=str(tmp_path))
@@ -262,6 +282,24 @@ def test_without_room_nothing_is_retried_or_overwritten(line: Line, with_a_hole:
         with pytest.raises(ConfigError, match="--cpus-per-actor 64: no node has so many CPUs"):
             screen_of(with_a_hole, results, line.run, cpus_per_actor=64, **flags)
     assert content(results) == kept
+
+
+def test_a_retry_of_results_that_another_process_made_anew_is_refused(
+    line: Line, with_a_hole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    results = tmp_path / "results"
+    screen_of(with_a_hole, results, line.run)
+    marker = storage.locate(str(results / "_SUCCESS.json"))
+
+    def made_anew(config: screen.Config) -> tuple[int, int]:
+        storage.write_json(marker, {**storage.read_json(marker), "run_id": "another"})
+        return pool(config)
+
+    pool = screen._pool
+    monkeypatch.setattr(screen, "_pool", made_anew)
+    with pytest.raises(DirectoryError, match="was finished or changed by another process meanwhile"):
+        screen_of(with_a_hole, results, line.run, retry_quarantined="all")
+    assert storage.read_json(marker)["run_id"] == "another"
 
 
 def test_a_retry_that_is_refused_leaves_finished_results_as_they_were(line: Line, with_a_hole: Path, tmp_path: Path):

@@ -8,7 +8,8 @@ import pytest
 from stages.conftest import Line
 
 from malaria_ray.errors import DirectoryError, InvariantError, NotCompleteError
-from malaria_ray.stages import evaluate, verify
+from malaria_ray.runtime import lease, storage
+from malaria_ray.stages import evaluate, report, verify
 
 
 def verify_of(directory: Path) -> None:
@@ -42,6 +43,29 @@ def double_a_row(part: Path) -> None:
 
     table = pq.read_table(part)
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), part)
+
+
+def test_metrics_of_other_predictions_do_not_hold(line: Line, copy_of):
+    results = copy_of(line.results)
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    storage.write_bytes(storage.locate(str(results / "metrics/.0123456789abcdef.tmp")), b"of a killed process")
+    verify_of(results)
+    marker = storage.locate(str(results / "metrics/_SUCCESS.json"))
+    was = storage.read_json(marker)
+    predictions = dict.fromkeys(was["identity"]["predictions"], "0" * 64)
+    storage.write_json(marker, {**was, "identity": {**was["identity"], "predictions": predictions}})
+    with pytest.raises(InvariantError, match="are of other predictions: run 'malaria-ray evaluate' again"):
+        verify_of(results)
+
+
+@pytest.mark.parametrize("stage", [evaluate, report])
+def test_what_another_process_writes_is_not_evaluated_or_reported(line: Line, copy_of, stage):
+    results = copy_of(line.results)
+    other = storage.locate(str(results))
+    with lease.held(other), pytest.raises(DirectoryError, match="is being written by process"):
+        stage.run(stage.Config(results=str(results)))
+    assert not (results / "metrics").exists()
+    assert not (results / "report").exists()
 
 
 @pytest.mark.parametrize("directory", ["dataset", "run", "results"])
