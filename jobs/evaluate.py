@@ -10,7 +10,7 @@ import sys
 
 from malaria_ray import cli
 
-if len(sys.argv) <= 1:
+if len(sys.argv) <= 1 or sys.argv[1] in ("-h", "--help"):
     sys.exit(__doc__)
 results, *flags = sys.argv[1:]
 sys.exit(cli.main(["evaluate", results, *flags]))

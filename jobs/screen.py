@@ -1,4 +1,4 @@
-"""Archive and run → one score per image, ONNX Runtime on CPUs.
+"""Archive and run → one score per image, ncnn on CPUs, ONNX Runtime or Keras on GPUs.
 
 command:   ray job submit --working-dir . -- python jobs/screen.py ARCHIVE RESULTS RUN [FLAGS]
 hardware:  the CPU workers that are there, one scoring actor a CPU; --num-actors 1-80 lets an autoscaler add more

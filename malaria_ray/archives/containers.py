@@ -27,7 +27,7 @@ WAITS_S = (0.5, 1.0, 2.0)
 """Before the second, third and fourth try of a read that failed."""
 
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""What another try would say again."""
+"""Errors of which another try would be one more."""
 
 _N_THREADS = 16  # files looked at together: what is waited for is the network
 _READ_AHEAD = 8 * 1024**2  # of a remote file: its headers are read one after the other
@@ -129,6 +129,8 @@ def not_read(path: UPath, error: Exception) -> ArchiveError:
     """One line for what the clients raise: to fsspec's HTTP all is 'not found', botocore has own kinds."""
     if isinstance(error, FileNotFoundError):
         why = f" ({error.__cause__})" if error.__cause__ else ""
+        if "Connect" in type(error.__cause__).__name__:
+            return ArchiveError(f"{path} cannot be reached{why}; check the address and whether its server runs")
         return ArchiveError(f"{path} is not there{why}; check the path")
     if isinstance(error, ValueError) and not storage.is_local(path):  # fsspec's, where a server gives no ranges
         return ArchiveError(

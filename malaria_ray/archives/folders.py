@@ -157,11 +157,12 @@ class FolderArchive:
 
 
 def check_outside(archive: Archive, output: UPath) -> None:
-    """Raises: `ConfigError` where the output is the archive's folder or lies in it: what is written would be listed."""
-    if isinstance(archive, FolderArchive) and storage.lies_in(output, archive.path):
+    """Raises: `ConfigError` where the output is the archive's directory or lies in it: it would be listed as a part, or
+    deleted with it.
+    """
+    if storage.lies_in(output, storage.locate(archive.url)):
         raise ConfigError(
-            f"{output} lies in the archive {archive.url}, what is written there would be listed as part of it; give a "
-            "directory outside"
+            f"{output} lies in the archive {archive.url}, of which it would be a part; give a directory outside"
         )
 
 

@@ -74,7 +74,10 @@ def open_engine(name: EngineName, model: bytes, *, n_threads: int, batch_size: i
 
 
 def read_run_file(file: UPath, *, sha256: str) -> bytes:
-    """A file of a run. One that was exchanged must not give scores under the run's name. Raises: `ModelError`."""
+    """A file of a run, its SHA-256 checked: one that was replaced must not give scores under the run's name.
+
+    Raises: `ModelError`.
+    """
     try:
         data = file.read_bytes()
     except FileNotFoundError as error:

@@ -270,8 +270,8 @@ class _Events:
 
     def __init__(self, tf: Any, url: str):
         self._tf, self._url = tf, url
-        self._folder = tempfile.mkdtemp(prefix="malaria_ray-events-")
-        self._writer = tf.summary.create_file_writer(self._folder)
+        self._folder = tempfile.TemporaryDirectory(prefix="malaria_ray-events-")
+        self._writer = tf.summary.create_file_writer(self._folder.name)
         # What tf.summary.scalar writes, which itself needs the package tensorboard.
         scalars = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
         self._metadata = tf.compat.v1.SummaryMetadata(plugin_data=scalars)
@@ -282,7 +282,7 @@ class _Events:
                 if name != "epoch":
                     self._tf.summary.write(name, self._tf.constant(value, "float32"), metadata=self._metadata)
         self._writer.flush()
-        for file in Path(self._folder).iterdir():
+        for file in Path(self._folder.name).iterdir():
             storage.write_bytes(storage.locate(self._url) / file.name, file.read_bytes())
 
 

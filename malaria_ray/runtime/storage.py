@@ -61,7 +61,7 @@ def locate(url: str | UPath) -> UPath:
 
 
 def _plain(path: UPath) -> UPath:
-    """The path without its `..`, where that is the same file: behind a link it may be another."""
+    """The path without its `..`, unless a symbolic link makes that another file."""
     plain = os.path.normpath(path.path)
     return UPath(plain) if os.path.realpath(plain) == os.path.realpath(path.path) else path
 
@@ -76,7 +76,7 @@ def name_in_address(address: str, folder: UPath) -> str:
 
 
 def address_of(name: str, folder: UPath) -> str:
-    """The other way round: what is put behind the folder to reach the file."""
+    """Inverse of `name_in_address`: what is put behind the folder to reach the file of that name."""
     return quote(name) if folder.protocol in ("http", "https") else name
 
 

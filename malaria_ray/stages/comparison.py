@@ -60,9 +60,15 @@ _OF_TWO_LABELS = """
     ORDER BY image_id
 """
 _DISAGREEMENTS = (
-    ("{first} is right", "called differently, and the label says what {first} says; the furthest apart first"),
-    ("{other} is right", "called differently, and the label says what {other} says; the furthest apart first"),
-    ("Without a label", "called differently; the furthest apart first"),
+    (
+        "{first} is right",
+        "{cells} called differently whose label says what {first} says; the furthest apart first",
+    ),
+    (
+        "{other} is right",
+        "{cells} called differently whose label says what {other} says; the furthest apart first",
+    ),
+    ("Without a label", "shared images called differently; the furthest apart first"),
 )
 _MAX_PATIENTS = 20
 _STYLES = ("one", "two", "three", "four", "five")
@@ -72,17 +78,17 @@ _STYLES = ("one", "two", "three", "four", "five")
 class Pair:
     """Two results on the images that they share.
 
-    `shared`: a row for each, with both scores and calls, and the label that either gives. `metrics`: of the labelled
-    ones that both hold out, else of all labelled; None without any: columns first, other, difference (other − first),
-    ci_low, ci_high. `known_patients`: a line for each model that was trained or tuned on patients of these cells where
-    both hold the cells out.
+    `shared`: a row for each, with both scores and calls, and the label that either gives. `cells`: the labelled ones
+    that both hold out, copies once; else all labelled. `metrics`: of `cells`, None without any: columns first, other,
+    difference (other − first), ci_low, ci_high. `known_patients`: a line for each model that was trained or tuned on
+    patients of these cells where both hold the cells out.
     """
 
     first: Results
     other: Results
     shared: pd.DataFrame
+    cells: pd.DataFrame
     metrics: pd.DataFrame | None
-    n_cells: int
     is_held_out: bool
     known_patients: list[str]
 
@@ -106,8 +112,8 @@ def pair_of(
         first=first,
         other=other,
         shared=shared,
+        cells=cells,
         metrics=differences(cells, first, other, n_resamples=n_resamples, seed=seed) if len(cells) else None,
-        n_cells=len(cells),
         is_held_out=is_held_out,
         known_patients=_known_patients(cells, first, other) if is_held_out else [],
     )
@@ -183,7 +189,7 @@ def metrics_table(pair: Pair) -> RichTable:
     """The same rows for the terminal, and below them which model knows patients of the cells."""
     names = (f"{printable(one.name)} ({one.success['run_id']})" for one in (pair.first, pair.other))
     metric, difference, interval = (Column(name, no_wrap=True) for name in ("metric", "difference", "95 % interval"))
-    table = RichTable(metric, *names, difference, interval, title=f"{pair.n_cells:,} {pair.cells_are}")
+    table = RichTable(metric, *names, difference, interval, title=f"{len(pair.cells):,} {pair.cells_are}")
     if pair.known_patients:
         table.caption, table.caption_justify = Text("\n".join(map(printable, pair.known_patients))), "left"
     for row in shown_metrics(pair):
@@ -288,7 +294,7 @@ def _together(results: Sequence[Results], common: pd.DataFrame) -> list[Figure]:
 def _section(pair: Pair, number: int, galleries: list[Gallery]) -> dict[str, Any]:
     shared = pair.shared
     differ = shared[shared["called"] != shared["other_called"]]
-    labelled = differ[differ["label"].notna()]
+    decided = pair.cells[pair.cells["called"] != pair.cells["other_called"]]
     by_patient = shared.groupby("patient_id").agg(
         n_cells=("called", "size"), first=("called", "mean"), other=("other_called", "mean")
     )
@@ -301,25 +307,25 @@ def _section(pair: Pair, number: int, galleries: list[Gallery]) -> dict[str, Any
         "other": pair.other.name,
         "n_shared": len(shared),
         "n_differ": len(differ),
-        "n_labelled_differ": len(labelled),
-        "n_first_right": int((labelled["label"] == labelled["called"]).sum()),
+        "n_decided": len(decided),
+        "n_first_right": int((decided["label"] == decided["called"]).sum()),
         "mean_difference": float((shared["other_score"] - shared["score"]).mean()),
         "calls": [
             [int(((shared["called"] == a) & (shared["other_called"] == b)).sum()) for b in (0, 1)] for a in (0, 1)
         ],
         "metrics": shown_metrics(pair),
-        "n_cells": pair.n_cells,
+        "n_cells": len(pair.cells),
         "cells": pair.cells_are,
         "is_held_out": pair.is_held_out,
         "known_patients": pair.known_patients,
-        "figures": [_score_differences(pair, number)],
+        "figures": [_score_differences(pair)],
         "n_patients": len(by_patient),
         "patients": moved.reset_index().to_dict("records"),
         "galleries": galleries,
     }
 
 
-def _score_differences(pair: Pair, number: int) -> Figure:
+def _score_differences(pair: Pair) -> Figure:
     edges = [round(-1 + i / 10, 1) for i in range(21)]
     moved = pair.shared["other_score"].astype(float) - pair.shared["score"].astype(float)
     groups: list[tuple[str, str, list[int]]] = []
@@ -332,23 +338,22 @@ def _score_differences(pair: Pair, number: int) -> Figure:
         f"{len(moved):,} shared cells by the score of {printable(pair.other.name)} minus that of "
         f"{printable(pair.first.name)}, in bins of 0.1; {(moved.abs() < 0.05).mean():.1%} differ by less than 0.05."
     )
-    title = "Differences of the scores" + (f", {number + 1}" if number else "")
+    title = f"Scores of {printable(pair.other.name)} minus those of {printable(pair.first.name)}"
     axis = Axis(label="difference of the scores", low=-1, high=1)
     return Figure(title, histogram(title, words, edges, groups, x=axis), words)
 
 
 def _galleries(connection: duckdb.DuckDBPyConnection, pair: Pair, n_each: int) -> list[Gallery]:
-    names = {"first": printable(pair.first.name), "other": printable(pair.other.name)}
-    differ = pair.shared[pair.shared["called"] != pair.shared["other_called"]].copy()
-    differ["distance"] = (differ["score"] - differ["other_score"]).abs()
+    names = {"first": printable(pair.first.name), "other": printable(pair.other.name), "cells": pair.cells_are}
+    cells, unlabelled = pair.cells, pair.shared[pair.shared["label"].isna()]
+    is_first = cells["label"] == cells["called"]
     galleries = []
-    is_unlabelled = differ["label"].isna()
-    is_first = differ["label"].eq(differ["called"]).fillna(False)  # else the other is right: there are two labels
-    kinds = (is_first, ~is_first & ~is_unlabelled, is_unlabelled)
-    for number, ((title, meaning), is_kind) in enumerate(zip(_DISAGREEMENTS, kinds, strict=True)):
-        cells = differ[is_kind]
+    kinds = (cells[is_first], cells[~is_first], unlabelled)
+    for number, ((title, meaning), of_kind) in enumerate(zip(_DISAGREEMENTS, kinds, strict=True)):
+        cells = of_kind[of_kind["called"] != of_kind["other_called"]]
         if cells.empty:
             continue
+        cells = cells.assign(distance=(cells["score"] - cells["other_score"]).abs())
         shown = cells.sort_values(["distance", "image_id"], ascending=[False, True]).head(n_each)
         galleries.append(
             Gallery(

@@ -119,7 +119,7 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
         run_id=ours["run_id"],
         against_model=theirs["model"],
         against_run_id=theirs["run_id"],
-        n=pair.n_cells,
+        n=len(pair.cells),
         is_held_out=pair.is_held_out,
     )[DIFFERENCES.names]
 

@@ -99,7 +99,7 @@ def run(config: Config) -> None:
         inputs=(archive.url, *config.patients),
     )
     if claim is None:
-        log.info("%s is finished; nothing to do (--overwrite makes it anew)", dataset)
+        log.info("%s is finished; nothing to do (--overwrite makes it anew, with images added since)", dataset)
         print_summary(_summary(storage.read_table(dataset / "manifest.parquet"), config))
         return
 

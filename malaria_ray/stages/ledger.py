@@ -151,9 +151,7 @@ def reopen(work: UPath, rows: pa.Table, name: str = "reopened") -> None:
 
 
 def forget(work: UPath, image_ids: pa.Array) -> None:
-    """Makes done rows undone, file by file. Killed between, it leaves rows done that are to be forgotten, or others
-    done twice; none is lost.
-    """
+    """Marks rows as not done, file by file. Killed between, some may stay done or stand twice; none is lost."""
     for name, file in committed_files(work).items():
         rows = storage.read_table(file)
         kept = rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=image_ids)))

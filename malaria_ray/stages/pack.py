@@ -89,7 +89,7 @@ def run(config: Config) -> None:
         inputs=(archive.url, *config.patients),
     )
     if claim is None:
-        log.info("%s is finished; nothing to do (--overwrite packs anew)", packed)
+        log.info("%s is finished; nothing to do (--overwrite packs anew, with images added since)", packed)
         _print_summary(storage.read_json(packed / outputs.SUCCESS)["counts"])
         return
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)

@@ -190,7 +190,7 @@ def run(config: Config) -> None:
     finished = outputs.check_complete(results, "screen") if claim is None else {}
     retried = _to_retry(results, config.retry_quarantined, is_finished=claim is None)
     if claim is None and not retried:
-        log.info("%s is finished; nothing to do (--overwrite scores anew)", results)
+        log.info("%s is finished; nothing to do (--overwrite scores anew, with images added since)", results)
         _write_iceberg(config, results)
         _print_summary(finished)
         return

@@ -199,6 +199,8 @@ def test_the_page_shows_models_intervals_curves_and_the_pictures_of_disagreement
     both = cells().merge(cells(scores_seed=9), on="image_id", suffixes=("", "_other"))
     differ = both[(both["score"] >= 0.5) != (both["score_other"] >= 0.5)]
     assert f"{len(differ)} of 240 shared images are called differently" in page.text
+    differ = differ[differ["split"] == "test"]  # of the others one of the models has learnt
+    assert f"Of the {len(differ)} shared held-out cells among them" in page.text
     first_right = ((differ["score"] >= 0.5) == (differ["label"] == 1)).sum()
     assert f"first is right in {first_right} and second in {len(differ) - first_right}" in page.text
     n_shown = min(first_right, 24) + min(len(differ) - first_right, 24)

@@ -267,6 +267,10 @@ def test_an_output_inside_the_archives_folder_is_refused_before_anything_is_writ
         with pytest.raises(ConfigError, match="out lies in the archive .*; give a directory outside"):
             stage.run(config)
         assert not inside.exists()
+    in_dataset = line.dataset / "results"
+    with pytest.raises(ConfigError, match="results lies in the archive .*; give a directory outside"):
+        screen.run(screen.Config(source=str(line.dataset), results=str(in_dataset), model=str(line.run)))
+    assert not in_dataset.exists()
 
 
 def test_a_resumed_run_refuses_an_archive_that_changed(line: Line, copy_of, tmp_path: Path):

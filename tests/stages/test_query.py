@@ -446,3 +446,9 @@ def test_spark_reads_the_same_sums_and_columns(two: tuple[str, str], tmp_path: P
     for found, table in ((metrics, METRICS), (patients, PATIENTS)):
         assert found["columns"] == table.names
         assert found["answer"] == [pq.read_table(f"{two[0]}/{table.name}").num_rows]
+
+
+@pytest.mark.parametrize("example", ["model-disagreement", "drift"])
+def test_an_example_that_compares_results_needs_two(two: tuple[str, str], example: str):
+    with pytest.raises(ConfigError, match=f"--example {example} compares results; give two directories or more"):
+        query.run(query.Config(results_and_sql=two[:1], example=example))

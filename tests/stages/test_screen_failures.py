@@ -26,7 +26,7 @@ from stages.conftest import Line, content, write_archive
 from stages.killing import run_and_kill
 from stages.test_screen import predictions_of, screen_of
 
-from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
+from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.stages import ledger, report, screen, verify
 
