@@ -208,9 +208,7 @@ def test_http_error_is_told_with_its_status(path: str, said: str) -> None:
 
 
 def test_server_that_is_down_is_told_in_one_line() -> None:
-    with pytest.raises(
-        ArchiveError, match=r"cells.zip cannot be reached \(Cannot connect to host 127.0.0.1.*\)"
-    ):
+    with pytest.raises(ArchiveError, match=r"cells.zip cannot be reached \(Cannot connect to host 127.0.0.1.*\)"):
         list_archive(open_archive(f"{closed_url()}/cells.zip"))
 
 
