@@ -49,7 +49,7 @@ def _places(part: UPath) -> pa.Table:
     Raises: `DirectoryError` where a column is an Arrow extension, as `storage.read_table`.
     """
     with containers.opened(part, is_read_in_order=False) as file:
-        crops = pq.read_table(file, columns=["image_id", "label", "patient_id"])
+        crops = pq.read_table(file, columns=["image_id", "label", "patient_id"], use_threads=False)
     if "extension<" in str(crops.schema):
         raise DirectoryError(f"{part} is no plain table: a column is an Arrow extension; make the directory anew")
     n = crops.num_rows

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from malaria_ray.archives import Archive, containers
+from malaria_ray.archives import containers
 from malaria_ray.archives.parquets import is_parquet_of_images, parquet_places, without_ending
 from malaria_ray.archives.tars import tar_places
-from malaria_ray.errors import ArchiveError, ConfigError
+from malaria_ray.errors import ArchiveError
 from malaria_ray.runtime import storage
 
 _BATCH = 10_000
@@ -153,16 +153,6 @@ class FolderArchive:
                 "container": pa.repeat(storage.as_url(self.path), len(names)),
                 "method": pa.array(methods, pa.string()),
             }
-        )
-
-
-def check_outside(archive: Archive, output: UPath) -> None:
-    """Raises: `ConfigError` where the output is the archive's directory or lies in it: it would be listed as a part, or
-    deleted with it.
-    """
-    if storage.lies_in(output, storage.locate(archive.url)):
-        raise ConfigError(
-            f"{output} lies in the archive {archive.url}, of which it would be a part; give a directory outside"
         )
 
 

@@ -7,7 +7,6 @@ two clocks are ever compared.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -119,15 +118,8 @@ def _take(path: UPath, me: dict[str, Any]) -> None:
 
 def _is_created(path: UPath, me: dict[str, Any]) -> bool:
     """Makes the file where there is none and the storage lets only one of several do that: on a disk, by a link."""
-    if not storage.is_local(path):
-        try:
-            path.fs.pipe_file((path / FILE).path, json.dumps(me).encode(), mode="create")
-        except FileExistsError:
-            return False
-        except Exception as error:  # a store that has no such request, or fails: the other way is tried
-            log.debug("%s: %s", path / FILE, error)
-            return False
-        return True
+    if not storage.is_local(path):  # stores there are that write over what is there, whatever the request says
+        return False
     draft = path / f".{me['writer']}.tmp"
     storage.write_json(draft, me)
     try:
@@ -185,7 +177,8 @@ def _read(path: UPath) -> dict[str, Any] | None:
         found: Any = storage.read_json(path / FILE)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.keys() >= set(_FACTS) else None
+    is_ours = isinstance(found, dict) and found.keys() >= set(_FACTS) and isinstance(found["pid"], int)
+    return found if is_ours else None
 
 
 def _kernel() -> str | None:

@@ -139,13 +139,14 @@ def claim(
     finished is then unfinished and goes on; `may_change` what another run may change as long as the directory is
     unfinished.
     Raises: `DirectoryError` where the directory holds something else, or the same with another identity, `ConfigError`
-    where its name would be taken for a pattern, or `overwrite` would delete an input.
+    where its name would be taken for a pattern, it lies in an input, or `overwrite` would delete one.
     """
     if not storage.is_local(path) and (letters := set("*?[") & set(path.path)):
         raise ConfigError(
             f"{path} has {' '.join(sorted(letters))} in its name, which clients of object stores take for a "
             "pattern of other names; choose a name without"
         )
+    _check_outside(path, inputs)
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
     seen = found, is_finished = (None, False) if overwrite else _state(path, stage)
     work = Claim(path, stage, config, identity, is_emptied=overwrite, is_written=True, seen=seen)
@@ -330,6 +331,13 @@ def _check_is_ours(path: UPath, stage: str) -> None:
     """Refuses to delete what no stage made: --overwrite on a wrong path must not empty a home directory."""
     if _is_somebodys(path) and _read_config(path, stage) is None:
         raise DirectoryError(f"{path} was not made by 'malaria-ray {stage}'; --overwrite does not delete it")
+
+
+def _check_outside(path: UPath, inputs: Sequence[str]) -> None:
+    """Refuses an output in what the stage reads: it would be listed as a part of that, or be deleted with it."""
+    for url in inputs:
+        if storage.lies_in(path, storage.locate(url)):
+            raise ConfigError(f"{path} lies in {url}, of which it would be a part; give a directory outside")
 
 
 def _check_keeps(path: UPath, inputs: Sequence[str]) -> None:

@@ -193,7 +193,11 @@ def read_table(path: UPath, columns: list[str] | None = None) -> pa.Table:
     """
     files = [path] if path.suffix == ".parquet" else parts(path)
     tables = [
-        pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns, page_checksum_verification=True)
+        # By this thread alone: Arrow's let go of the bytes behind the call, and where the process ends just then they
+        # abort it, status 134 (apache/arrow#34314).
+        pq.read_table(
+            pa.BufferReader(file.read_bytes()), columns=columns, use_threads=False, page_checksum_verification=True
+        )
         for file in files
     ]
     for file, table in zip(files, tables, strict=True):

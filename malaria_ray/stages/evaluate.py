@@ -81,6 +81,7 @@ def run(config: Config) -> None:
             storage.remove(marker)
             known = connection.sql("SELECT image_id, split FROM cells").df()
             files = _evaluate(config, opened, known.set_index("image_id")["split"])
+            outputs.check_held(results)
             storage.write_json(marker, {"identity": identity, "files": files})
         notices = [line(connection, opened) for line in (known_patients_line, copies_line)]
     _print_report(
@@ -156,6 +157,7 @@ def _evaluate(config: Config, opened: Results, split: pd.Series) -> dict[str, st
     ]
     if validation is not None and len(predictions):
         made.append((REVIEW, _review(predictions, patients, validation)))
+    outputs.check_held(results)
     storage.remove(results / REVIEW.name)
     files: dict[str, storage.FileRecord] = {}
     for table, frame in made:

@@ -20,7 +20,6 @@ from upath import UPath
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells
@@ -83,7 +82,6 @@ def run(config: Config) -> None:
     archive = open_archive(config.archive)
     if isinstance(archive, DatasetArchive):
         raise ArchiveError(f"{config.archive} is a dataset already; ingest reads archives of image files")
-    check_outside(archive, dataset)
     identity = {
         **archive.identity(),
         "image_size": config.image_size,

@@ -79,6 +79,7 @@ def run(config: Config) -> None:
             "catalog.sql": catalog(results),
             "croissant.json": json.dumps(croissant(results), indent=2, ensure_ascii=False) + "\n",
         }
+        outputs.check_held(results.path)
         for name, target in targets.items():
             storage.write_bytes(target, pages[name].encode())
         files = {name: storage.record_of(target) for name, target in targets.items()}

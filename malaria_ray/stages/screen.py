@@ -28,7 +28,6 @@ from upath import UPath
 import malaria_ray
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest, try_again
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.cells.images import PREPROCESSING
@@ -165,7 +164,6 @@ def run(config: Config) -> None:
             f"{trained['image_size']} × {trained['image_size']}; screen the archive itself, or a dataset of that "
             f"--image-size"
         )
-    check_outside(archive, results)
     rule = patient_rule(config.patients, config.patient_pattern)
     model_file = MODEL_FILE[config.engine_name]
     identity = {

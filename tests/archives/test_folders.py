@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,11 +16,10 @@ import samples
 from servers import Site, serve
 
 from malaria_ray.archives import open_archive, reading
-from malaria_ray.archives.folders import check_outside
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.archives.reading import read_cells, read_files
-from malaria_ray.errors import ArchiveError, ConfigError, ReadError
-from malaria_ray.runtime import storage
+from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, ReadError
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.stages.pack import part_bounds
 
 pytestmark = pytest.mark.timeout(60)  # a test that hangs is one that opened a pipe
@@ -320,6 +320,12 @@ def test_a_config_of_somebody_elses_is_a_file_of_the_archive(tmp_path: Path, con
     assert sorted(names) == ["a.png", "config.json/b.png" if config is None else "config.json"]
 
 
+def claim_beside(archive: str, output: str) -> None:
+    inputs = [open_archive(archive).url]
+    with suppress(DirectoryError):  # of what else lies there
+        outputs.claim(storage.locate(output), stage="ingest", config=None, identity={}, overwrite=False, inputs=inputs)
+
+
 @pytest.mark.parametrize(
     ("archive", "output"),
     [
@@ -335,8 +341,8 @@ def test_output_in_the_archive_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: str, output: str
 ) -> None:
     _archives(tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match=r"lies in the archive .*; give a directory outside") as caught:
-        check_outside(open_archive(archive), storage.locate(output))
+    with pytest.raises(ConfigError, match=r"lies in .*; give a directory outside") as caught:
+        claim_beside(archive, output)
     assert "\n" not in str(caught.value)
 
 
@@ -356,7 +362,7 @@ def test_output_beside_the_archive_is_none_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archive: str, output: str
 ) -> None:
     _archives(tmp_path, monkeypatch)
-    check_outside(open_archive(archive), storage.locate(output))
+    claim_beside(archive, output)
 
 
 def _archives(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

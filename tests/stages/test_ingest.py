@@ -23,7 +23,7 @@ from malaria_ray.cells.images import resize
 from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, InvariantError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import MANIFEST, QUARANTINE
-from malaria_ray.stages import compare, evaluate, ingest, pack, plan, screen, verify
+from malaria_ray.stages import compare, evaluate, ingest, pack, plan, screen, train, verify
 
 PIXELS = np.full((40, 30, 3), 120, np.uint8)
 
@@ -264,13 +264,19 @@ def test_an_output_inside_the_archives_folder_is_refused_before_anything_is_writ
         (pack, pack.Config(archive=str(folder), packed=str(inside))),
         (screen, screen.Config(source=str(folder), results=str(inside), model=str(line.run))),
     ):
-        with pytest.raises(ConfigError, match="out lies in the archive .*; give a directory outside"):
+        with pytest.raises(ConfigError, match="out lies in .*; give a directory outside"):
             stage.run(config)
         assert not inside.exists()
     in_dataset = line.dataset / "results"
-    with pytest.raises(ConfigError, match="results lies in the archive .*; give a directory outside"):
+    with pytest.raises(ConfigError, match="results lies in .*; give a directory outside"):
         screen.run(screen.Config(source=str(line.dataset), results=str(in_dataset), model=str(line.run)))
+    with pytest.raises(ConfigError, match="results lies in .*; give a directory outside"):
+        train.run(train.Config(dataset=str(line.dataset), run=str(in_dataset), model="cnn"))
+    in_run = line.run / "results"
+    with pytest.raises(ConfigError, match="results lies in .*; give a directory outside"):
+        screen.run(screen.Config(source=str(line.archive), results=str(in_run), model=str(line.run)))
     assert not in_dataset.exists()
+    assert not in_run.exists()
 
 
 def test_a_resumed_run_refuses_an_archive_that_changed(line: Line, copy_of, tmp_path: Path):

@@ -17,7 +17,7 @@ from malaria_ray.errors import ConfigError
 from malaria_ray.models.features import FLIPS, flipped, read_features
 from malaria_ray.models.vgg19 import build_backbone
 from malaria_ray.runtime import storage
-from malaria_ray.stages import verify
+from malaria_ray.stages import train, verify
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +59,22 @@ def test_a_frozen_run_is_the_whole_network_image_in_score_out(line: Line, frozen
 
 
 def test_features_are_made_once_what_is_lost_again_and_for_augmentation_those_of_mirrored_images(
-    line: Line, frozen: Path, weights: Path, tmp_path: Path
+    line: Line, frozen: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    def trained(*_: object) -> None:
+        raise KeyboardInterrupt  # what follows is as in `frozen`
+
+    monkeypatch.setattr(train, "_export", trained)
     before = feature_files(line.dataset)
     lost = next(iter(before))
     content = lost.read_bytes()
     lost.unlink()
-    train_of(line.dataset, tmp_path / "run", model="vgg19-frozen", weights=str(weights), augment="on", seed=7)
+    with pytest.raises(KeyboardInterrupt):
+        train_of(line.dataset, tmp_path / "run", model="vgg19-frozen", weights=str(weights), augment="on", seed=7)
     after = feature_files(line.dataset)
     assert lost.read_bytes() == content
     assert {file: when for file, when in after.items() if file != lost}.items() <= before.items()
     assert after.keys() == before.keys()
-    assert not (tmp_path / "run" / "augmented_samples.png").exists()
-
     backbone = build_backbone(IMAGE_SIZE, str(weights))
     crops = storage.read_table(storage.locate(str(line.dataset / "crops/part-00000.parquet")))
     pixels = crop_pixels(crops["image"], image_size=IMAGE_SIZE)
