@@ -256,6 +256,11 @@ def check_complete(path: UPath, stage: str) -> dict[str, Any]:
         raise DirectoryError(f"{path / SUCCESS} is damaged: {error}; make {path} anew with --overwrite") from error
 
 
+def digests_in(success: dict[str, Any], folder: str) -> dict[str, str]:
+    """SHA-256 of each file of a folder, by name, from a `_SUCCESS.json`: identifies what was made from those files."""
+    return {name: record["sha256"] for name, record in success["files"].items() if name.startswith(f"{folder}/")}
+
+
 def files_added(path: UPath) -> dict[str, FileRecord]:
     """Records of the files that later stages (evaluate, report) added to a finished directory, of all that finished."""
     files: dict[str, FileRecord] = {}

@@ -65,9 +65,7 @@ def run(config: Config) -> None:
     check_cells([opened])
     marker = results / "metrics" / outputs.SUCCESS
     identity = {
-        "predictions": {
-            name: record["sha256"] for name, record in success["files"].items() if name.startswith("predictions/")
-        },
+        "predictions": outputs.digests_in(success, "predictions"),
         "threshold": success["threshold"],
         "n_resamples": config.n_resamples,
         "seed": config.seed,

@@ -84,7 +84,7 @@ def run(config: Config) -> None:
     if config.examples:
         _print_examples()
         return
-    if "Needs several results" in config.sql and len(config.directories) < 2:
+    if config.example and "Needs several results" in config.sql and len(config.directories) < 2:
         raise ConfigError(f"--example {config.example} compares results; give two directories or more")
     results = open_results(config.directories)
     connection = connect(results)

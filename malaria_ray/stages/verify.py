@@ -89,8 +89,7 @@ def _evaluated_faults(path: UPath, success: dict[str, Any]) -> Iterator[str]:
     marker = path / "metrics" / outputs.SUCCESS
     if not marker.exists():
         return
-    found = {name: record["sha256"] for name, record in success["files"].items() if name.startswith("predictions/")}
-    if storage.read_json(marker)["identity"]["predictions"] != found:
+    if storage.read_json(marker)["identity"]["predictions"] != outputs.digests_in(success, "predictions"):
         yield "metrics/ and patients/ are of other predictions: run 'malaria-ray evaluate' again"
 
 

@@ -101,14 +101,20 @@ def command_of(source: Path, results: Path, line: Line, *flags: str, **environme
                             stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
+def begun(source: Path, results: Path, line: Line) -> subprocess.Popen[str]:
+    """A screening of which the first rows are done."""
+    screening = command_of(source, results, line)
+    while not ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen")):
+        assert screening.poll() is None, screening.communicate()[0]
+        time.sleep(0.05)
+    return screening
+
+
 def test_a_second_process_is_refused_and_the_first_ends_exact(
     line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
 ):
     results = tmp_path / "results"
-    first = command_of(many, results, line)
-    while not ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen")):
-        assert first.poll() is None, first.communicate()[0]
-        time.sleep(0.05)
+    first = begun(many, results, line)
     first.send_signal(signal.SIGSTOP)  # so that it is not done before the second has started
     second = command_of(many, results, line, "--overwrite", "--engine", "onnx")
     said = second.communicate(timeout=200)[0].strip().splitlines()[-1]
@@ -126,10 +132,7 @@ def test_sigterm_stops_it_as_ctrl_c_does_and_it_goes_on(
     line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
 ):
     results = tmp_path / "results"
-    stopped = command_of(many, results, line)
-    while not ledger.committed_files(outputs.work_of(storage.locate(str(results)), "screen")):
-        assert stopped.poll() is None, stopped.communicate()[0]
-        time.sleep(0.05)
+    stopped = begun(many, results, line)
     stopped.send_signal(signal.SIGTERM)
     output = stopped.communicate(timeout=100)[0]
     assert stopped.returncode == 130
