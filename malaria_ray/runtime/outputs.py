@@ -146,13 +146,14 @@ def claim(
             f"{path} has {' '.join(sorted(letters))} in its name, which clients of object stores take for a "
             "pattern of other names; choose a name without"
         )
-    _check_outside(path, inputs)
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
     seen = found, is_finished = (None, False) if overwrite else _state(path, stage)
     work = Claim(path, stage, config, identity, is_emptied=overwrite, is_written=True, seen=seen)
     if overwrite:
         _check_is_ours(path, stage)
         _check_keeps(path, inputs)
+    _check_outside(path, inputs)
+    if overwrite:
         return work
     if found is None:
         if _is_somebodys(path):
