@@ -60,7 +60,7 @@ def run(config: Config) -> None:
     """Writes metrics/ and patients/ into the results directory and prints the report; computes nothing that is there
     already by the same code. Raises: `DirectoryError` where a table that screening writes is missing.
     """
-    (opened,) = open_results([config.results])
+    *against, opened = open_results([*([config.against] if config.against else []), config.results])
     results, success = opened.path, opened.success
     check_cells([opened])
     marker = results / "metrics" / outputs.SUCCESS
@@ -88,20 +88,19 @@ def run(config: Config) -> None:
         success,
         notices=[notice for notice in notices if notice is not None],
     )
-    if config.against is not None:
-        _compare(config, opened)
+    for theirs in against:
+        _compare(config, opened, theirs)
 
 
-def _compare(config: Config, opened: Results) -> None:
+def _compare(config: Config, ours: Results, theirs: Results) -> None:
     """Writes differences/ and prints it. Raises: `DatasetError` where no image of both has a label."""
-    theirs, ours = open_results([str(config.against), config.results])
     with connect([theirs, ours]) as connection:
         check_labels(connection)
         pair = pair_of(connection, theirs, ours, n_resamples=config.n_resamples, seed=config.seed)
     if pair.metrics is None:
         raise DatasetError(f"{ours.path} and {theirs.path} share no labelled image; --against compares by labels")
-    results = opened.path
-    outputs.hold_finished(results, "screen", opened.success)
+    results = ours.path
+    outputs.hold_finished(results, "screen", ours.success)
     storage.remove(results / DIFFERENCES.name)
     written = pa.Table.from_pandas(_difference_rows(pair), schema=DIFFERENCES.arrow_schema(), preserve_index=False)
     files = outputs.write_table(results, f"{DIFFERENCES.name}/{storage.part_name(0)}", written, stage="screen")

@@ -25,7 +25,7 @@ from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells
 from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import PREPROCESSING, Pixels
-from malaria_ray.cells.splits import SplitBy, assign_splits
+from malaria_ray.cells.splits import SplitBy, assign_splits, check_trainable
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.seeds import check_seed
@@ -102,6 +102,8 @@ def run(config: Config) -> None:
         return
 
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
+    if config.split_by:  # now, and not when all is decoded
+        check_trainable(listing.select(["image_id", "label", "patient_id"]).to_pandas(), by=config.split_by)
     claim.begin()
     check_same_listing(outputs.work_of(dataset, "ingest"), listing)
     log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")

@@ -13,7 +13,7 @@ from results import write_results
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
 from stages.conftest import Line, content
 
-from malaria_ray.errors import DatasetError
+from malaria_ray.errors import DatasetError, NotCompleteError
 from malaria_ray.schema import DIFFERENCES, METRICS, PATIENTS, Call
 from malaria_ray.stages import evaluate, report, screen, verify
 from malaria_ray.stages.views import connect, open_results
@@ -163,6 +163,13 @@ def test_results_without_a_shared_label_are_not_compared(tmp_path: Path):
     )
     with pytest.raises(DatasetError, match="share no labelled image"):
         evaluate.run(evaluate.Config(results=str(good), against=str(poor), n_resamples=100))
+
+
+def test_results_to_compare_with_are_looked_for_before_anything_is_computed(tmp_path: Path):
+    results = write_results(tmp_path / "results", cells_of(20, n_patients=4), has_images=False)
+    with pytest.raises(NotCompleteError, match="elsewhere is not there"):
+        evaluate.run(evaluate.Config(results=str(results), against=str(tmp_path / "elsewhere"), n_resamples=100))
+    assert not (results / "metrics").exists()
 
 
 def test_a_second_run_changes_nothing_and_says_so(evaluated: Path, caplog: pytest.LogCaptureFixture):

@@ -20,7 +20,14 @@ from malaria_ray import demo
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.listing import list_archive
 from malaria_ray.cells.images import resize
-from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, InvariantError, TooManyBadImagesError
+from malaria_ray.errors import (
+    ArchiveError,
+    ConfigError,
+    DatasetError,
+    DirectoryError,
+    InvariantError,
+    TooManyBadImagesError,
+)
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.schema import MANIFEST, QUARANTINE
 from malaria_ray.stages import compare, evaluate, ingest, pack, plan, screen, train, verify
@@ -325,6 +332,15 @@ def test_the_summary_of_another_split_is_shown_of_a_finished_dataset_too(line: L
     ingest_of(line.archive, dataset, split_by="patient", seed=7)
     assert "training split by patient, seed 7" in capsys.readouterr().out
     assert content(dataset) == before
+
+
+def test_a_split_that_cannot_be_made_is_said_before_anything_is_decoded(tmp_path: Path):
+    for number in range(3):
+        (tmp_path / "archive" / "unsorted").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "archive" / "unsorted" / f"{number}.png").write_bytes(png())
+    with pytest.raises(DatasetError, match="3 of 3 cells have no label, 'unsorted/0.png' the first"):
+        ingest_of(tmp_path / "archive", tmp_path / "dataset", split_by="image")
+    assert not (tmp_path / "dataset").exists()
 
 
 def test_the_summary_measures_the_training_split_when_one_is_named(line: Line, tmp_path: Path):
