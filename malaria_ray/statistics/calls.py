@@ -182,9 +182,9 @@ def _fewest_positive(n: Integers, rates: ErrorRates) -> Integers:
 
 
 def _next_positive(share: Floats, n: Integers, rates: ErrorRates) -> Integers:
-    """(p,) the smallest numbers of cells, n or more, of which this share, in whole cells, is called positive."""
+    """(p,) the smallest numbers of cells, n or more, of which this share, rounded, is called positive."""
     n = n.copy()
-    while (is_short := np.ceil(share * n - 1e-9) < _fewest_positive(n, rates)).any():
+    while (is_short := np.rint(share * n) < _fewest_positive(n, rates)).any():
         n += is_short
     return n
 
