@@ -75,7 +75,7 @@ def line_chart(
         drawn.append(f'<text class="mark" {side} y="{_TOP + 10}">{escape(words)}</text>')
     for one in series:
         drawn.append(_drawn_series(one, frame))
-    legend, more = _legend([(one.name, one.style) for one in series], frame) if has_legend else ("", 0)
+    legend, more = _legend([(one.name, _key(one)) for one in series], frame) if has_legend else ("", 0)
     return _svg(title, description, "".join(drawn) + legend, width, HEIGHT + more)
 
 
@@ -98,7 +98,8 @@ def histogram(
                     f'height="{max(bottom - top, 0.7):.1f}"><title>{note}</title></rect>'
                 )
         below += np.asarray(counts)
-    legend, more = _legend([(name, style) for name, style, _ in groups], frame)
+    keys = [(name, f'<rect class="{style}" y="-9" width="22" height="10"/>') for name, style, _ in groups]
+    legend, more = _legend(keys, frame)
     return _svg(title, description, "".join(drawn) + legend, WIDTH, HEIGHT + more)
 
 
@@ -162,18 +163,26 @@ def _drawn_series(one: Series, frame: _Frame) -> str:
     return "".join(drawn)
 
 
-def _legend(names: Sequence[tuple[str, str]], frame: _Frame) -> tuple[str, int]:
-    """Rows below the axis' label, as many as the names need, and their height; nothing for one series alone."""
-    if len(names) < 2:
+def _key(one: Series) -> str:
+    """The line of a series, its dashes with it, or a dot: what tells series apart without colours."""
+    if one.has_line:
+        return f'<polyline class="{one.style}" points="0,-4 22,-4"/>'
+    return f'<circle class="{one.style}" cx="6" cy="-4" r="3"/>'
+
+
+def _legend(keys: Sequence[tuple[str, str]], frame: _Frame) -> tuple[str, int]:
+    """Rows of (name, key drawn left of and on the baseline) below the axis' label, as many as the names need, and their
+    height; nothing for one series alone.
+    """
+    if len(keys) < 2:
         return "", 0
     drawn, at, row = [], float(_LEFT), 0
-    for name, style in names:
-        width = 30 + 6.2 * len(name)
+    for name, key in keys:
+        width = 40 + 6.2 * len(name)
         if at > _LEFT and at + width > frame.width - _RIGHT:
             at, row = float(_LEFT), row + 1
-        top = HEIGHT + 4 + 18 * row
-        drawn.append(f'<rect class="key {style}" x="{at:.1f}" y="{top}" width="12" height="10"/>')
-        drawn.append(f'<text class="tick" x="{at + 17:.1f}" y="{top + 9}">{escape(name)}</text>')
+        place = f"translate({at:.1f} {HEIGHT + 13 + 18 * row})"
+        drawn.append(f'<g transform="{place}">{key}<text class="tick" x="27">{escape(name)}</text></g>')
         at += width
     return "".join(drawn), 20 + 18 * row
 

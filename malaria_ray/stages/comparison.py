@@ -336,7 +336,8 @@ def _score_differences(pair: Pair) -> Figure:
             groups.append((name, style, counts.tolist()))
     words = (
         f"{len(moved):,} shared cells by the score of {printable(pair.other.name)} minus that of "
-        f"{printable(pair.first.name)}, in bins of 0.1; {(moved.abs() < 0.05).mean():.1%} differ by less than 0.05."
+        f"{printable(pair.first.name)}, in bins of 0.1; "
+        f"{100 * (moved.abs() < 0.05).mean():.1f} % differ by less than 0.05."
     )
     title = f"Scores of {printable(pair.other.name)} minus those of {printable(pair.first.name)}"
     axis = Axis(label="difference of the scores", low=-1, high=1)
