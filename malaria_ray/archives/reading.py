@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -86,6 +86,39 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
     ):
         table = table.append_column(name, column)
     return Cells(table=table, pixels=pixels[:n_ok])
+
+
+def read_again(
+    listing: pa.Table, digests: Mapping[str, str], *, image_size: int
+) -> tuple[dict[str, Pixels], dict[str, str]]:
+    """({image_id: its crop, uint8 (size, size, 3)}, {image_id: why there is none}) of files that were read before.
+
+    `digests`: the content_digest of each wanted image_id. The archive may be gone, or hold other bytes under the same
+    name since: then there is no crop, never a wrong one.
+    """
+    crops: dict[str, Pixels] = {}
+    missing = dict.fromkeys(digests, "it is not in the listing")
+    for container in pc.unique(listing["container"]).to_pylist():
+        rows = listing.filter(pc.equal(listing["container"], container))
+        rows = rows.sort_by([("offset", "ascending"), ("image_id", "ascending")])
+        try:
+            cells = read_cells(rows, image_size=image_size)
+        except Exception as error:  # whatever a storage client raises where the archive is no longer to be had
+            reason = f"{container} cannot be read: {type(error).__name__}"
+            missing.update(dict.fromkeys(rows["image_id"].to_pylist(), reason))
+            continue
+        pixels = iter(cells.pixels)
+        for cell in cells.table.select(["image_id", "status", "detail", "content_digest"]).to_pylist():
+            name, crop = cell["image_id"], next(pixels) if cell["status"] == OK else None
+            if crop is None:
+                why = str(cell["detail"] or cell["status"]).partition(":")[0]
+                missing[name] = f"{container} does not give it: {why}"
+            elif cell["content_digest"] != digests[name]:
+                missing[name] = "the archive has other bytes under this name now"
+            else:
+                crops[name] = crop
+                del missing[name]
+    return crops, missing
 
 
 def read_files(listing: pa.Table) -> Iterator[bytes | ReadError]:

@@ -57,7 +57,7 @@ def software(package_names: list[str]) -> dict[str, Any]:
     root = Path(spec.origin).parent if spec and spec.origin else None
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in package_names},
+        "packages": {name: installed_version(name) for name in package_names},
         "code_digest": source_digest(root) if root else None,
     }
 
@@ -131,7 +131,8 @@ def lets_in_without_token(gcs_address: str) -> bool:
         return False
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 from functools import cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import malaria_ray
-from malaria_ray.runtime.facts import source_digest
+from malaria_ray.runtime.facts import installed_version, source_digest
 
 PACKAGES = (
     "ray",
@@ -43,13 +42,6 @@ def provenance() -> dict[str, Any]:
         "code_digest": code_digest(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -66,6 +66,12 @@ def _plain(path: UPath) -> UPath:
     return UPath(plain) if os.path.realpath(plain) == os.path.realpath(path.path) else path
 
 
+def short_names(paths: Sequence[UPath]) -> list[str]:
+    """What tells several directories apart: their last parts, or the whole paths where two end alike."""
+    last_parts = [path.path.rstrip("/").rpartition("/")[2] for path in paths]
+    return last_parts if len(set(last_parts)) == len(paths) else [str(path) for path in paths]
+
+
 def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
 

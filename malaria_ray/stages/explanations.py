@@ -11,14 +11,13 @@ import pyarrow.compute as pc
 import ray
 from upath import UPath
 
-from malaria_ray.archives.reading import read_cells
+from malaria_ray.archives.reading import read_again
 from malaria_ray.cells.heat import overlay
 from malaria_ray.cells.images import Pixels
 from malaria_ray.errors import ArchiveError, ConfigError, ModelError
 from malaria_ray.models.gradcam import Heat, grad_cam
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
-from malaria_ray.schema import OK
 
 
 @dataclass(frozen=True)
@@ -76,23 +75,11 @@ def overlays_for(results: UPath, image_ids: Sequence[str], *, model: str | None 
 
 
 def _explained(cells: pa.Table, listing: pa.Table, file: str, image_size: int) -> Explained:
-    listing = listing.sort_by([("offset", "ascending"), ("image_id", "ascending")])
-    pixels = {}
-    for container in pc.unique(listing["container"]).to_pylist():
-        try:
-            found = read_cells(listing.filter(pc.equal(listing["container"], container)), image_size=image_size)
-        except OSError as error:
-            raise ArchiveError(f"{container} cannot be read ({type(error).__name__}); put the archive back") from error
-        images = iter(found.pixels)
-        for row in found.table.select(["image_id", "status", "detail", "content_digest"]).to_pylist():
-            if row["status"] != OK:
-                raise ArchiveError(f"{container} does not give {row['image_id']!r}: {row['detail'] or row['status']}")
-            pixels[row["image_id"]] = (next(images), row["content_digest"])
-    for row in cells.to_pylist():
-        if pixels[row["image_id"]][1] != row["content_digest"]:
-            raise ArchiveError(
-                f"the archive has other bytes under {row['image_id']!r} than were scored; screen it again"
-            )
-    stacked = np.stack([pixels[name][0] for name in cells["image_id"].to_pylist()])
-    heat = grad_cam(storage.locate(file).read_bytes(), stacked, called=cells["predicted_label"].to_numpy())
-    return Explained(cells, stacked, heat)
+    names = cells["image_id"].to_pylist()
+    digests = dict(zip(names, cells["content_digest"].to_pylist(), strict=True))
+    crops, missing = read_again(listing, digests, image_size=image_size)
+    for name, why in missing.items():
+        raise ArchiveError(f"{name!r}: {why}; put the archive back as it was, or screen it again")
+    pixels = np.stack([crops[name] for name in names])
+    heat = grad_cam(storage.locate(file).read_bytes(), pixels, called=cells["predicted_label"].to_numpy())
+    return Explained(cells, pixels, heat)

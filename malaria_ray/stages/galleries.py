@@ -11,13 +11,12 @@ import cv2
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from upath import UPath
 
-from malaria_ray.archives.reading import read_cells
+from malaria_ray.archives.reading import read_again
 from malaria_ray.cells.images import Pixels
 from malaria_ray.errors import MalariaRayError
-from malaria_ray.schema import OK, QUALITY_MEANING, REVIEW_MEANING, Label
+from malaria_ray.schema import QUALITY_MEANING, REVIEW_MEANING, Label
 from malaria_ray.stages.explanations import overlays_for
 
 _JPEG_QUALITY = 85  # about 3 kB for a crop of 125 × 125
@@ -101,38 +100,12 @@ def find_review_galleries(connection: duckdb.DuckDBPyConnection, *, n_each: int)
 def pictures(
     connection: duckdb.DuckDBPyConnection, galleries: Sequence[Gallery], *, image_size: int
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """(image id → JPEG as a data URL, image id → why there is none) for every cell of the galleries.
-
-    The archive may be gone, or hold other bytes under the same name since: then there is no picture, never a wrong
-    one.
-    """
-    wanted = {cell["image_id"]: cell["content_digest"] for gallery in galleries for cell in gallery.cells}
-    chosen = pa.table({"image_id": pa.array(wanted, pa.string())})
+    """(image id → JPEG as a data URL, image id → why there is none) for every cell of the galleries."""
+    digests = {cell["image_id"]: cell["content_digest"] for gallery in galleries for cell in gallery.cells}
+    chosen = pa.table({"image_id": pa.array(digests, pa.string())})
     listing = connection.from_arrow(chosen).join(connection.view("listing"), "image_id").to_arrow_table()
-    urls: dict[str, str] = {}
-    missing = dict.fromkeys(wanted, "it is not in the listing")
-    for container in pc.unique(listing["container"]).to_pylist():
-        rows = listing.filter(pc.equal(listing["container"], container)).sort_by(
-            [("offset", "ascending"), ("image_id", "ascending")]
-        )
-        try:
-            found = read_cells(rows, image_size=image_size)
-        except Exception as error:  # whatever a storage client raises where the archive is no longer to be had
-            reason = f"{container} cannot be read: {type(error).__name__}"
-            missing.update(dict.fromkeys(rows["image_id"].to_pylist(), reason))
-            continue
-        pixels = iter(found.pixels)
-        for cell in found.table.select(["image_id", "status", "detail", "content_digest"]).to_pylist():
-            image = next(pixels) if cell["status"] == OK else None
-            if image is None:
-                why = str(cell["detail"] or cell["status"]).partition(":")[0]
-                missing[cell["image_id"]] = f"{container} does not give it: {why}"
-            elif cell["content_digest"] != wanted[cell["image_id"]]:
-                missing[cell["image_id"]] = "the archive has other bytes under this name now"
-            else:
-                urls[cell["image_id"]] = _data_url(image)
-                del missing[cell["image_id"]]
-    return urls, missing
+    crops, missing = read_again(listing, digests, image_size=image_size)
+    return {name: _data_url(crop) for name, crop in crops.items()}, missing
 
 
 def heats(results: UPath, image_ids: Collection[str]) -> tuple[dict[str, str], str | None]:

@@ -78,8 +78,6 @@ def open_runs(urls: Sequence[str]) -> list[Run]:
             raise ConfigError(f"{results[run_id]} and {path} are results of one run, {run_id}; give one of them")
         results[run_id] = path
     tests = {run_id: _test_scores(path) for run_id, path in results.items()}
-    last_parts = [path.path.rstrip("/").rpartition("/")[2] for path in runs]
-    names = last_parts if len(set(last_parts)) == len(runs) else [str(path) for path in runs]
     return [
         Run(
             name=name,
@@ -88,7 +86,7 @@ def open_runs(urls: Sequence[str]) -> list[Run]:
             history=storage.read_table(path / "history.parquet").to_pandas(),
             test=tests.get(success["run_id"]),
         )
-        for name, (path, success) in zip(names, runs.items(), strict=True)
+        for name, (path, success) in zip(storage.short_names(list(runs)), runs.items(), strict=True)
     ]
 
 

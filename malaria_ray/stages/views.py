@@ -121,8 +121,6 @@ def open_results(urls: Sequence[str]) -> list[Results]:
     paths = [storage.locate(url) for url in urls]
     if len({str(path) for path in paths}) < len(paths):
         raise ConfigError(f"{', '.join(urls)}: one directory is given twice; give each once")
-    last_parts = [path.path.rstrip("/").rpartition("/")[2] for path in paths]
-    names = last_parts if len(set(last_parts)) == len(paths) else [str(path) for path in paths]
     return [
         Results(
             name=name,
@@ -130,7 +128,7 @@ def open_results(urls: Sequence[str]) -> list[Results]:
             success=outputs.check_complete(path, "screen"),
             run=outputs.read_config(path, "screen"),
         )
-        for name, path in zip(names, paths, strict=True)
+        for name, path in zip(storage.short_names(paths), paths, strict=True)
     ]
 
 
