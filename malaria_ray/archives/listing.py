@@ -76,8 +76,8 @@ def check_unchanged(archive: Archive, listing: pa.Table) -> None:
     for url, state in zip(many, now, strict=True):
         if archive.states[url] != state:
             raise ArchiveError(
-                f"{storage.locate(url)} was replaced while it was read; run again: that goes on where the same files "
-                "lie in it in the same order, and says so where they do not"
+                f"{storage.locate(url)} was replaced while it was read; run again: that keeps what was read of bytes "
+                "that are still there, and says so where other files lie in it"
             )
 
 

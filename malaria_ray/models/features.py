@@ -38,18 +38,23 @@ class FeaturePlan:
 
 
 def feature_parts(
-    dataset: UPath, folder: UPath, *, weights: bytes, image_size: int, n_actors: int, flips: tuple[str, ...]
+    crops: list[tuple[UPath, str]],
+    folder: UPath,
+    *,
+    weights: bytes,
+    image_size: int,
+    n_actors: int,
+    flips: tuple[str, ...],
 ) -> list[UPath]:
     """The feature parts of a dataset in `folder`, one for each crops part, in its order, flip by flip; makes those that
-    are missing.
+    are missing. `crops`: the parts with their SHA-256.
 
     A part has the columns image_id and features, the bytes of k float16 (k is 4,608 at 125 × 125).
     """
-    crops = storage.parts(dataset / "crops")
-    parts = [(part, folder / flip / part.name, flip) for flip in flips for part in crops]
+    parts = [(part, digest, folder / flip / part.name, flip) for flip in flips for part, digest in crops]
     todo = [
-        {"crops": storage.as_url(part), "features": storage.as_url(target), "flip": flip}
-        for part, target, flip in parts
+        {"crops": storage.as_url(part), "sha256": digest, "features": storage.as_url(target), "flip": flip}
+        for part, digest, target, flip in parts
         if not target.exists()
     ]
     if todo:
@@ -66,7 +71,7 @@ def feature_parts(
         with progress("features", n_images) as report:
             for row in rows.iter_rows():
                 report(row["n"])
-    return [target for _, target, _ in parts]
+    return [target for _, _, target, _ in parts]
 
 
 def read_features(url: str) -> npt.NDArray[np.float16]:
@@ -95,7 +100,7 @@ class _FeatureActor:
         self.engine = open_engine("ncnn", ray.get(self.plan.backbone), n_threads=1, batch_size=_BATCH_SIZE)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        crops = storage.read_table(storage.locate(row["crops"]), columns=["image_id", "image"])
+        crops = storage.read_table(storage.locate(row["crops"]), ["image_id", "image"], sha256=row["sha256"])
         pixels = flipped(crop_pixels(crops["image"], image_size=self.plan.image_size), row["flip"])
         features = self.engine.outputs(pixels)[0].astype(np.float16)
         type_ = pa.binary(features.shape[1] * 2)

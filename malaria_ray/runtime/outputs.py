@@ -152,11 +152,9 @@ def claim(
     if overwrite:
         _check_is_ours(path, stage)
         _check_keeps(path, inputs)
-    _check_outside(path, inputs)
-    if overwrite:
-        return work
     if found is None:
-        if _is_somebodys(path):
+        _check_outside(path, inputs)
+        if not overwrite and _is_somebodys(path):
             raise DirectoryError(
                 f"{path} is not empty and was not made by 'malaria-ray {stage}'; choose another directory"
             )
@@ -173,6 +171,7 @@ def claim(
     if is_finished and not has_grown:
         _remove_leftover(path)
         return None
+    _check_outside(path, inputs)
     return replace(work, is_written=identity != found["identity"])
 
 

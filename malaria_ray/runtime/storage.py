@@ -191,18 +191,18 @@ def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
 
 
-def read_table(path: UPath, columns: list[str] | None = None) -> pa.Table:
-    """One Parquet file, or all parts of a folder in order.
+def read_table(path: UPath, columns: list[str] | None = None, *, sha256: str | None = None) -> pa.Table:
+    """One Parquet file, or all parts of a folder in order. `sha256`: what the one file must have.
 
-    Raises: `DirectoryError` where a column is of an Arrow type that some package brings: Ray has one whose values are
-    pickles, which whoever wrote the file could make run code here. No table of ours has one.
+    Raises: `DirectoryError` where it has another, or a column is of an Arrow type that some package brings: Ray has one
+    whose values are pickles, which whoever wrote the file could make run code here. No table of ours has one.
     """
     files = [path] if path.suffix == ".parquet" else parts(path)
     tables = [
         # By this thread alone: Arrow's let go of the bytes behind the call, and where the process ends just then they
         # abort it, status 134 (apache/arrow#34314).
         pq.read_table(
-            pa.BufferReader(file.read_bytes()), columns=columns, use_threads=False, page_checksum_verification=True
+            pa.BufferReader(_content(file, sha256)), columns=columns, use_threads=False, page_checksum_verification=True
         )
         for file in files
     ]
@@ -210,6 +210,16 @@ def read_table(path: UPath, columns: list[str] | None = None) -> pa.Table:
         if "extension<" in str(table.schema):
             raise DirectoryError(f"{file} is no plain table: a column is an Arrow extension; make the directory anew")
     return concat(tables)
+
+
+def _content(file: UPath, sha256: str | None) -> bytes:
+    data = file.read_bytes()
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise DirectoryError(
+            f"{file} is not the file that was written (its SHA-256 differs): restore it, or make its directory anew "
+            "with --overwrite"
+        )
+    return data
 
 
 def n_rows(path: UPath) -> int:

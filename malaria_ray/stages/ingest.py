@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from upath import UPath
 
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import read_cells
+from malaria_ray.archives.replaced import check_unchanged, forget_replaced
 from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import PREPROCESSING, Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits, check_trainable
@@ -105,13 +107,21 @@ def run(config: Config) -> None:
     if config.split_by:  # now, and not when all is decoded
         check_trainable(listing.select(["image_id", "label", "patient_id"]).to_pandas(), by=config.split_by)
     claim.begin()
-    check_same_listing(outputs.work_of(dataset, "ingest"), listing)
+    work = outputs.work_of(dataset, "ingest")
+    check_same_listing(work, listing)
+    forget_replaced(
+        work,
+        archive,
+        listing,
+        done=lambda: [storage.read_table(work / "manifest", ["image_id", "content_digest"])],
+        forget=partial(_forget, work),
+    )
     log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")
     listed = time.monotonic()
     with ray_session():
         connected = time.monotonic()
         n_read = _decode_all(listing, dataset, image_size=config.image_size)
-        check_unchanged(archive, listing)
+        check_unchanged(work, archive, listing)
     decoded = time.monotonic()
 
     outputs.check_held(dataset)
@@ -137,6 +147,12 @@ def run(config: Config) -> None:
     )
     print_summary(summary)
     log.info("dataset: %s", dataset)
+
+
+def _forget(work: UPath, files: pa.Table) -> None:
+    """Makes the shards of these rows of the listing unfinished."""
+    for shard in np.unique(files["key"].to_numpy() // _SHARD_ROWS):
+        storage.remove(work / "manifest" / storage.part_name(int(shard)))
 
 
 def _decode_all(listing: pa.Table, dataset: UPath, *, image_size: int) -> int:
@@ -222,6 +238,9 @@ def _publish(dataset: UPath, listed: pa.ChunkedArray) -> tuple[pa.Table, dict[st
     for file in storage.children(work / "records"):
         if file.name.endswith(".json"):  # and not what a killed write left
             files.update(storage.read_json(file))
+    for part in storage.parts(dataset / "crops"):
+        if f"crops/{part.name}" not in files:  # of a shard that was begun, killed, and then had no usable image
+            storage.remove(part)
     for name, table in (("manifest.parquet", manifest), (f"quarantine/{storage.part_name(0)}", quarantine)):
         files |= outputs.write_table(dataset, name, table, stage="ingest")
     return manifest, files

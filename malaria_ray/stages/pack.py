@@ -23,11 +23,12 @@ from rich.table import Table as RichTable
 from tyro.conf import Positional
 from upath import UPath
 
-from malaria_ray.archives import open_archive
+from malaria_ray.archives import containers, open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import UNKNOWN_BYTES, read_files
+from malaria_ray.archives.replaced import check_unchanged, forget_replaced
 from malaria_ray.cells.images import content_digest
 from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
@@ -92,17 +93,24 @@ def run(config: Config) -> None:
         return
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
     claim.begin()
-    check_same_listing(outputs.work_of(packed, "pack"), listing)
+    work = outputs.work_of(packed, "pack")
+    check_same_listing(work, listing)
     bounds = part_bounds(listing, config.part_mb * 10**6)
+    forget_replaced(
+        work,
+        archive,
+        listing,
+        done=lambda: _done(packed, work, len(bounds)),
+        forget=lambda files: _forget(work, bounds, files),
+    )
     log.info("%s: %s files into %d parts", archive.url, f"{listing.num_rows:,}", len(bounds))
     with ray_session():
         connected = time.monotonic()
         n_packed = _pack_all(listing, bounds, packed)
-        check_unchanged(archive, listing)
+        check_unchanged(work, archive, listing)
     done = time.monotonic()
 
     outputs.check_held(packed)
-    work = outputs.work_of(packed, "pack")
     records = [storage.read_json(_record(work, part)) for part in range(len(bounds))]
     counts = _counts(records)
     n_bad = sum(counts["reasons"].values())
@@ -159,6 +167,21 @@ def packed_listing(listing: pa.Table, bounds: list[tuple[int, int]]) -> pa.Table
 
 def _record(work: UPath, part: int) -> UPath:
     return work / "records" / f"{storage.part_name(part)}.json"
+
+
+def _done(packed: UPath, work: UPath, n_parts: int) -> Iterator[pa.Table]:
+    """image_id and content_digest of each finished part."""
+    for part in range(n_parts):
+        if _record(work, part).exists():
+            with containers.opened(packed / "images" / storage.part_name(part), is_read_in_order=False) as file:
+                yield pq.read_table(file, columns=["image_id", "content_digest"], use_threads=False)
+
+
+def _forget(work: UPath, bounds: list[tuple[int, int]], files: pa.Table) -> None:
+    """Makes the parts of these rows of the listing unfinished."""
+    starts = [start for start, _ in bounds]
+    for part in np.unique(np.searchsorted(starts, files["key"].to_numpy(), side="right") - 1):
+        storage.remove(_record(work, int(part)))
 
 
 def _pack_all(listing: pa.Table, bounds: list[tuple[int, int]], packed: UPath) -> int:

@@ -28,8 +28,9 @@ from upath import UPath
 import malaria_ray
 from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
-from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest, try_again
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again
 from malaria_ray.archives.patients import patient_rule
+from malaria_ray.archives.replaced import check_unchanged, forget_replaced
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault, read_run_file
@@ -229,10 +230,18 @@ def run(config: Config) -> None:
             outputs.hold_finished(results, "screen", finished)
         if retried:
             _reopen(results, retried, listing, is_finished=claim is None)
-        check_same_listing(outputs.work_of(results, "screen"), listing)
+        work = outputs.work_of(results, "screen")
+        check_same_listing(work, listing)
+        forget_replaced(
+            work,
+            archive,
+            listing,
+            done=lambda: ledger.read_files(ledger.committed_files(work).values(), ["image_id", "content_digest"]),
+            forget=lambda files: ledger.forget(work, files["image_id"].combine_chunks()),
+        )
         files = outputs.write_table(results, "listing.parquet", _without_secrets(listing), stage="screen")
         n_scored = _score_all(listing, results, plan, config, pool)
-        check_unchanged(archive, listing)
+        check_unchanged(work, archive, listing)
         n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
     del listing  # what the driver holds grows with the archive: no more of it than is needed
     scored = time.monotonic()

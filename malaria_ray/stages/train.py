@@ -191,7 +191,8 @@ def run(config: Config) -> None:
             for name in ("model", "epochs", "patience", "batch_size", "precision", "xla", "specificity")
         },
     }
-    cells = _cells(dataset)
+    crops = [(dataset / name, digest) for name, digest in sorted(outputs.digests_in(success, "crops").items())]
+    cells = _cells(crops)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
         uninfected = cells[(splits == Split.val) & (cells["label"] == Label.uninfected)]
@@ -232,21 +233,21 @@ def run(config: Config) -> None:
         n_threads = config.cpus_per_worker or cpus_for_each_of(most, gpus=config.gpus_per_worker)
         claim.begin()
         files = outputs.write_table(path, "splits.parquet", _splits_table(cells, splits), stage="train")
-        pixels = _load(_load_pixels, storage.parts(dataset / "crops"), image_size)
+        pixels = _load(_load_pixels, [(storage.as_url(part), digest, image_size) for part, digest in crops])
         inputs, n_views = pixels, 1
         if config.model == "vgg19-frozen":
             assert weights is not None
             folder = dataset / "features" / f"vgg19-{weights.sha256[:12]}-{success['dataset_digest']}"
             n_views = len(FLIPS) if is_augmented else 1
             of_parts = feature_parts(
-                dataset,
+                crops,
                 folder,
                 weights=weights.content,
                 image_size=image_size,
                 n_actors=n_cpus(),
                 flips=FLIPS[:n_views],
             )
-            inputs = _load(read_features, of_parts)
+            inputs = _load(read_features, [(storage.as_url(part),) for part in of_parts])
         prepared = time.monotonic()
         is_val = splits == Split.val
         plan = TrainingPlan(
@@ -337,12 +338,14 @@ def run(config: Config) -> None:
     log.info("run: %s", path)
 
 
-def _cells(dataset: UPath) -> pd.DataFrame:
-    """One row per crop: image_id, label, patient_id, content_digest, and where it lies, `part` (index) and `row`."""
+def _cells(crops: list[tuple[UPath, str]]) -> pd.DataFrame:
+    """One row per crop: image_id, label, patient_id, content_digest, and where it lies, `part` (index) and `row`.
+    `crops`: the parts that `ingest` wrote, with their SHA-256; what else lies there is not trained on.
+    """
     columns = ["image_id", "label", "patient_id", "content_digest"]
     tables = []
-    for index, part in enumerate(storage.parts(dataset / "crops")):
-        cells = storage.read_table(part, columns=columns).to_pandas()
+    for index, (part, digest) in enumerate(crops):
+        cells = storage.read_table(part, columns, sha256=digest).to_pandas()
         tables.append(cells.assign(part=index, row=np.arange(len(cells))))
     empty = pd.DataFrame(columns=[*columns, "part", "row"])
     return pd.concat(tables, ignore_index=True) if tables else empty
@@ -415,15 +418,24 @@ def _put_file(path: UPath) -> Any:
     return ray.put(path.read_bytes())
 
 
-def _load(read: Callable[..., Any], parts: list[UPath], *arguments: Any) -> list[Any]:
-    """Every part as an array in Ray's object store, read in parallel; one copy a node."""
-    task = ray.remote(read)
-    return [task.remote(storage.as_url(part), *arguments) for part in parts]
+def _load(read: Callable[..., Any], parts: list[tuple[Any, ...]]) -> list[Any]:
+    """Every part as an array in Ray's object store, read in parallel; one copy a node. `parts`: arguments of `read`,
+    whose errors are raised here and not in each worker.
+    """
+
+    def loaded(*part: Any) -> tuple[Any, None]:
+        return read(*part), None
+
+    task = ray.remote(loaded).options(num_returns=2)
+    arrays, is_done = zip(*(task.remote(*part) for part in parts), strict=True)
+    ray.get(list(is_done))
+    return list(arrays)
 
 
-def _load_pixels(url: str, image_size: int) -> Pixels:
-    """One crops part as uint8 (n, size, size, 3)."""
-    return crop_pixels(storage.read_table(storage.locate(url), columns=["image"])["image"], image_size=image_size)
+def _load_pixels(url: str, sha256: str, image_size: int) -> Pixels:
+    """One crops part as uint8 (n, size, size, 3). Raises: `DirectoryError` where it is another by now."""
+    crops = storage.read_table(storage.locate(url), ["image"], sha256=sha256)
+    return crop_pixels(crops["image"], image_size=image_size)
 
 
 def _examples(cells: pd.DataFrame, chosen: pd.Series, parts: list[Any], *, n_views: int = 1) -> Examples:
