@@ -71,7 +71,7 @@ def line_chart(
     for place, words in marks:
         at = frame.across(place)
         drawn.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
-        side = f'x="{at + 4:.1f}"' if place < (x.low + x.high) / 2 else f'x="{at - 4:.1f}" text-anchor="end"'
+        side = f'x="{at + 4:.1f}"' if place <= (x.low + x.high) / 2 else f'x="{at - 4:.1f}" text-anchor="end"'
         drawn.append(f'<text class="mark" {side} y="{_TOP + 10}">{escape(words)}</text>')
     for one in series:
         drawn.append(_drawn_series(one, frame))

@@ -133,8 +133,9 @@ def n_more_cells(n_parasitized: ArrayLike, n_cells: ArrayLike, rates: ErrorRates
     is_asked = is_undecided & (total <= MAX_MORE_CELLS)
     is_low = (distance < 0) | (n == 0)
     low, high = is_asked & is_low, is_asked & ~is_low
-    total[low] = _next_enough(total[low].astype(np.int64), rates)
-    total[high] = _next_positive(k[high] / n[high], total[high].astype(np.int64), rates)
+    share = k / np.maximum(n, 1)
+    total[low] = _next_negative(share[low], total[low].astype(np.int64), rates)
+    total[high] = _next_positive(share[high], total[high].astype(np.int64), rates)
     more = pd.Series(np.where(is_undecided, total - n, 0))
     return more.where(more <= MAX_MORE_CELLS).astype("Int64")
 
@@ -187,6 +188,21 @@ def _next_positive(share: Floats, n: Integers, rates: ErrorRates) -> Integers:
     while (is_short := np.rint(share * n) < _fewest_positive(n, rates)).any():
         n += is_short
     return n
+
+
+def _next_negative(share: Floats, n: Integers, rates: ErrorRates) -> Floats:
+    """(p,) the smallest numbers of cells, n or more, of which this share, rounded, is called negative; infinite where
+    none is. Rounded up, it may lie nearer to the threshold than the share itself.
+    """
+    found, threshold = n.astype(float), call_threshold(rates)
+    is_open = np.ones(len(n), bool)
+    while is_open.any():
+        share_, n_ = share[is_open], found[is_open].astype(np.int64)
+        while (is_short := _distance(np.rint(share_ * n_), n_, threshold) >= -1).any():
+            n_ += is_short
+        found[is_open] = enough = _next_enough(n_, rates)
+        is_open[is_open] = np.isfinite(enough) & (enough > n_)  # its rounded share is to be looked at again
+    return found
 
 
 def _is_enough(n: Integers, rates: ErrorRates) -> NDArray[np.bool_]:

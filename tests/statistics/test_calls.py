@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -229,11 +230,24 @@ def test_the_cells_that_an_undecided_patient_needs_decide() -> None:
     assert more.tolist()[-1] == 0
     undecided = patient_call(k, n, SPREAD) == Call.undecided
     assert (more[undecided] > 0).all()
-    for k_, n_, m in zip(k[undecided], n[undecided], more[undecided], strict=True):
-        total, threshold = n_ + m, call_threshold(SPREAD)
-        low, high = wilson([k_ / n_ * total, k_ / n_ * (total - 1)], [total, total - 1])
-        assert low[0] > threshold or high[0] < threshold
-        assert low[1] <= threshold <= high[1]  # and one fewer do not
+
+    def are_enough(total: np.ndarray) -> np.ndarray:
+        """For the share itself and for the whole cells next to it."""
+        low, high = wilson(k / n * total, total)
+        is_beyond = (low > call_threshold(SPREAD)) | (high < call_threshold(SPREAD))
+        return is_beyond & (patient_call(np.rint(k / n * total).astype(int), total, SPREAD) != Call.undecided)
+
+    total = n + more.to_numpy(np.int64)
+    assert are_enough(total)[undecided].all()
+    assert not are_enough(total - 1)[undecided].any()
+
+
+@given(st.integers(0, 60), st.integers(1, 200), st.sampled_from([SPREAD, known(0.25, 0.1)]))
+def test_the_share_in_whole_cells_is_decided_by_the_cells_that_it_needs(k: int, n: int, rates: ErrorRates) -> None:
+    k = min(k, n)
+    more = n_more_cells(k, n, rates)[0]
+    if not pd.isna(more):
+        assert patient_call(round(k / n * (n + more)), n + more, rates)[0] != Call.undecided
 
 
 POOR = ErrorRates(  # as learnt from 37 cells
