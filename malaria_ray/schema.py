@@ -501,6 +501,48 @@ TABLES: dict[str, Table] = {
     )
 }
 
+_RESULTS = Column("results", pa.string(), "name of the results directory: its last part, or all where two end alike")
+_THRESHOLD = Column("threshold", pa.float64(), "score from which an image is called parasitized")
+
+VIEWS: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table(
+            "runs",
+            "a view of query: one row per results directory given",
+            (
+                Column("number", pa.int32(), "its place among those given, 1 for the first"),
+                _RESULTS,
+                RUN_ID,
+                MODEL,
+                _THRESHOLD,
+                Column("engine", pa.string(), "what was asked to compute the network"),
+                Column("screened_split", pa.string(), "split of the run that was screened; all for everything"),
+                Column("source", pa.string(), "archive or dataset as it was given"),
+                Column("finished_at", pa.string(), "when screening ended, ISO 8601, UTC"),
+            ),
+        ),
+        Table(
+            "cells",
+            "a view of query: predictions, and what the run knew of each image",
+            (
+                *PREDICTIONS.columns,
+                Column("split", pa.string(), "split that the run knows the image by; unseen where it knows it not"),
+                Column("knows_patient", pa.bool_(), "whether the run was trained or tuned on cells of the patient"),
+                _THRESHOLD,
+                Column(
+                    "outcome",
+                    pa.string(),
+                    "'true positive', 'false negative', 'false positive' or 'true negative'; null without a label",
+                ),
+                Column("is_copy", pa.bool_(), "whether an earlier image is the same cell; metrics count one of them"),
+                _RESULTS,
+            ),
+        ),
+    )
+}
+"""What `query` offers beside the tables on disk, each of which has a last column `results` there."""
+
 REPEATED_COLUMNS = frozenset(
     {
         *("label", "patient_id", "status", "stage", "reason", "split", "predicted_label", "suggested_label", "model"),

@@ -13,7 +13,7 @@ import pytest
 import samples
 
 from malaria_ray import cli
-from malaria_ray.schema import TABLES, Reason
+from malaria_ray.schema import TABLES, VIEWS, Reason
 
 
 def malaria_ray(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -117,7 +117,7 @@ def test_no_password_or_signature_is_printed(tmp_path: Path, is_job: bool):
 
 def test_the_data_dictionary_names_every_column_and_reason():
     printed = malaria_ray("schema", COLUMNS="200").stdout
-    for table in TABLES.values():
+    for table in [*TABLES.values(), *VIEWS.values()]:
         assert all(column.name in printed for column in table.columns)
     assert all(reason in printed for reason in Reason)
 

@@ -14,7 +14,7 @@ from upath import UPath
 from malaria_ray.archives.reading import read_again
 from malaria_ray.cells.heat import overlay
 from malaria_ray.cells.images import Pixels
-from malaria_ray.errors import ArchiveError, ConfigError, ModelError
+from malaria_ray.errors import ArchiveError, ConfigError, ModelError, NotCompleteError
 from malaria_ray.models.gradcam import Heat, grad_cam
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
@@ -39,6 +39,8 @@ def explain(results: UPath, image_ids: Sequence[str], *, model: str | None = Non
     outputs.check_complete(results, "screen")
     described = outputs.read_config(results, "screen")
     run = storage.locate(model or described["config"]["model"])
+    if not run.exists():
+        raise NotCompleteError(f"{run} is not there, where the run was; give by --model where it is now")
     trained = outputs.check_complete(run, "train")
     if trained["run_id"] != described["identity"]["run_id"]:
         raise ConfigError(

@@ -81,7 +81,8 @@ def _precision_recall(
         f"of {share:.4f}, the dashed line.",
         [
             Series(name="chance", x=[0, 1], y=[share, share], style="faint"),
-            Series(name="model", x=curve["sensitivity"], y=curve["precision"]),
+            # Steps, whose area is the average precision: between two thresholds there is no better one.
+            Series(name="model", x=np.repeat(curve["sensitivity"], 2)[:-1], y=np.repeat(curve["precision"], 2)[1:]),
             *dots,
         ],
         x=Axis(label="recall (sensitivity)"),

@@ -122,7 +122,7 @@ def run(config: Config) -> None:
         connected = time.monotonic()
         n_read = _decode_all(listing, dataset, image_size=config.image_size)
         check_unchanged(work, archive, listing)
-    decoded = time.monotonic()
+        decoded = time.monotonic()
 
     outputs.check_held(dataset)
     manifest, files = _publish(dataset, listing["image_id"])
@@ -130,6 +130,7 @@ def run(config: Config) -> None:
     summary = _summary(manifest, config)
     storage.write_json(dataset / "summary.json", summary)
     storage.write_bytes(dataset / "samples.png", _samples(dataset, manifest, config))
+    files |= {name: storage.record_of(dataset / name) for name in ("summary.json", "samples.png")}
     outputs.finish(
         dataset,
         counts={key: summary[key] for key in ("n_files", "n_ok", "n_quarantined", "n_patients", "n_by_label")},

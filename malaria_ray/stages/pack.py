@@ -108,7 +108,7 @@ def run(config: Config) -> None:
         connected = time.monotonic()
         n_packed = _pack_all(listing, bounds, packed)
         check_unchanged(work, archive, listing)
-    done = time.monotonic()
+        done = time.monotonic()
 
     outputs.check_held(packed)
     records = [storage.read_json(_record(work, part)) for part in range(len(bounds))]

@@ -47,7 +47,7 @@ class Config:
     thumbnails: int = 24
     """Cells that each gallery shows at most."""
     grad_cam: bool = True
-    """Show where the model looked beside each cell, which needs the run where it was when it screened."""
+    """Where the model looked beside each cell, for which the run must lie where it did when it screened."""
     overwrite: bool = False
     """Write the report anew where it is there."""
 
@@ -222,8 +222,8 @@ def _patients(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
     """Rows of the patient table: id, label, cells, called parasitized, fraction, ends of its interval, split, and the
     call where any patient has one.
     """
-    ((n_rows, n_patients, n_calls),) = connection.execute(
-        "SELECT count(*), count(DISTINCT patient_id), count(call) FROM patients"
+    ((n_rows, n_patients, n_calls, call_threshold),) = connection.execute(
+        "SELECT count(*), count(DISTINCT patient_id), count(call), any_value(call_threshold) FROM patients"
     ).fetchall()
     rows = connection.execute(
         "SELECT patient_id, label, n_cells, n_parasitized, round(parasitized_fraction, 4), round(ci_low, 4), "
@@ -235,6 +235,7 @@ def _patients(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         "n": n_rows,
         "n_patients": n_patients,
         "has_calls": bool(n_calls),
+        "call_threshold": call_threshold,
         "rows": [[printable(patient), names[label], *others] for patient, label, *others in rows],
     }
 

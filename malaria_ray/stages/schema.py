@@ -9,24 +9,25 @@ from tyro.conf import Positional
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.runtime.terminal import console
-from malaria_ray.schema import REASON_MEANING, SCHEMA_VERSION, TABLES
+from malaria_ray.schema import REASON_MEANING, SCHEMA_VERSION, TABLES, VIEWS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Prints every table's columns, types, units and meaning, and the quarantine reasons."""
+    """Prints every table's and view's columns, types, units and meaning, and the quarantine reasons."""
 
     table: Positional[str | None] = None
-    """One table; all of them by default."""
+    """One table or view; all of them by default."""
 
     def __post_init__(self) -> None:
-        if self.table is not None and self.table not in TABLES:
-            raise ConfigError(f"{self.table!r} is no table; allowed are {', '.join(TABLES)}")
+        if self.table is not None and self.table not in TABLES | VIEWS:
+            raise ConfigError(f"{self.table!r} is no table; allowed are {', '.join(TABLES | VIEWS)}")
 
 
 def run(config: Config) -> None:
     out = console()
-    for table in [TABLES[config.table]] if config.table else TABLES.values():
+    known = TABLES | VIEWS
+    for table in [known[config.table]] if config.table else known.values():
         shown = RichTable(
             "column", "type", "unit", "meaning", title=f"{table.name}: {table.meaning}", title_justify="left"
         )

@@ -243,8 +243,8 @@ def run(config: Config) -> None:
         n_scored = _score_all(listing, results, plan, config, pool)
         check_unchanged(work, archive, listing)
         n_actors = min(pool[1], max(1, _room(config)))  # those that there was room for
+        scored = time.monotonic()
     del listing  # what the driver holds grows with the archive: no more of it than is needed
-    scored = time.monotonic()
 
     with _scored_rows(results, n_files) as rows:
         outputs.check_held(results)

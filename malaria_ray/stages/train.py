@@ -302,6 +302,7 @@ def run(config: Config) -> None:
         history, best_epoch=int(best_row["epoch"]), heading=f"{run_id}, split by {config.split_by}"
     )
     storage.write_bytes(path / "learning_curves.png", figure)
+    files["learning_curves.png"] = storage.record_of(path / "learning_curves.png")
     outputs.finish(
         path,
         counts={"n_epochs": len(history), **{f"n_{split}": int((splits == split).sum()) for split in Split}},
@@ -328,6 +329,7 @@ def run(config: Config) -> None:
         best_row["val_loss"],
         best_row["val_roc_auc"],
     )
+    log.info("called parasitized from a calibrated score of %.4g", validation.threshold)
     log.info(
         "%s parameters, %s of them trained",
         f"{exported['parameters']['total']:,}",

@@ -302,7 +302,7 @@ def _protocol(path: UPath) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, (int, float)):
-        return repr(value)
+        return repr(value) if isinstance(value, int) else f"{value!r}::DOUBLE"
     return "'" + str(value).replace("'", "''") + "'"
 
 

@@ -21,7 +21,7 @@ from stages.conftest import Line
 from malaria_ray import cli
 from malaria_ray.errors import ConfigError, DirectoryError, NotCompleteError, QueryError
 from malaria_ray.runtime import storage
-from malaria_ray.schema import METRICS, PATIENTS, PREDICTIONS
+from malaria_ray.schema import METRICS, PATIENTS, PREDICTIONS, VIEWS
 from malaria_ray.stages import evaluate, query
 from malaria_ray.stages.views import catalog, connect, open_results
 
@@ -40,6 +40,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def ask(directories: tuple[str, ...], *, example: str | None = None, sql: str = "") -> pd.DataFrame:
     config = query.Config(results_and_sql=directories if example else (*directories, sql), example=example)
     return connect(open_results(config.directories)).sql(config.sql).df()
+
+
+def test_views_have_the_columns_that_schema_prints(two: tuple[str, str]):
+    for name, view in VIEWS.items():
+        described = ask(two, sql=f"DESCRIBE {name}")
+        assert described["column_name"].tolist() == view.names
+        types = {"VARCHAR": "string", "INTEGER": "int32", "DOUBLE": "double", "FLOAT": "float", "BOOLEAN": "bool"}
+        types |= {"TINYINT": "int8", "VARCHAR[]": str(pa.list_(pa.string()))}
+        assert [types[type_] for type_ in described["column_type"]] == [str(column.type) for column in view.columns]
+    outcomes = set(ask(two, sql="SELECT DISTINCT outcome FROM cells WHERE outcome IS NOT NULL")["outcome"])
+    assert all(f"'{outcome}'" in dict(zip(view.names, view.columns, strict=True))["outcome"].meaning
+               for outcome in outcomes)  # fmt: skip
 
 
 def predictions_of(results: str) -> pd.DataFrame:

@@ -119,6 +119,16 @@ def test_a_config_or_count_changed_by_hand_is_found(line: Line, copy_of):
     verify_of(results)
 
 
+@pytest.mark.parametrize(
+    ("directory", "name"), [("dataset", "summary.json"), ("dataset", "samples.png"), ("run", "learning_curves.png")]
+)
+def test_what_people_look_at_is_the_file_that_was_written(line: Line, copy_of, directory: str, name: str):
+    spoilt = copy_of(getattr(line, directory))
+    (spoilt / name).write_bytes(b"{}")
+    with pytest.raises(InvariantError, match=f"{name} was changed"):
+        verify_of(spoilt)
+
+
 def test_a_metric_changed_by_hand_is_found(line: Line, copy_of):
     results = copy_of(line.results)
     evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
