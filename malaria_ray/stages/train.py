@@ -191,7 +191,7 @@ def run(config: Config) -> None:
             for name in ("model", "epochs", "patience", "batch_size", "precision", "xla", "specificity")
         },
     }
-    crops = [(dataset / name, digest) for name, digest in sorted(outputs.digests_in(success, "crops").items())]
+    crops = _crops(dataset, success)
     cells = _cells(crops)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
@@ -340,10 +340,13 @@ def run(config: Config) -> None:
     log.info("run: %s", path)
 
 
+def _crops(dataset: UPath, success: dict[str, Any]) -> list[tuple[UPath, str]]:
+    """The parts that `ingest` wrote, with their SHA-256; what else lies there is not trained on."""
+    return [(dataset / name, digest) for name, digest in sorted(outputs.digests_in(success, "crops").items())]
+
+
 def _cells(crops: list[tuple[UPath, str]]) -> pd.DataFrame:
-    """One row per crop: image_id, label, patient_id, content_digest, and where it lies, `part` (index) and `row`.
-    `crops`: the parts that `ingest` wrote, with their SHA-256; what else lies there is not trained on.
-    """
+    """One row per crop: image_id, label, patient_id, content_digest, and where it lies, `part` (index) and `row`."""
     columns = ["image_id", "label", "patient_id", "content_digest"]
     tables = []
     for index, (part, digest) in enumerate(crops):

@@ -335,7 +335,8 @@ def test_a_run_keeps_what_it_learnt_from_validation_cells(line: Line):
 
 
 def test_labels_of_test_cells_cannot_reach_the_fit(line: Line):
-    cells = train._cells(UPath(line.dataset))
+    dataset = UPath(line.dataset)
+    cells = train._cells(train._crops(dataset, storage.read_json(dataset / "_SUCCESS.json")))
     splits = assign_splits(cells, by="patient", seed=42)
     scores = np.random.default_rng(0).uniform(0.01, 0.99, int((splits == "val").sum())).astype(np.float32)
     learnt = train._learn(cells, splits, scores, specificity=None)
