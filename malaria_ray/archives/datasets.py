@@ -32,7 +32,7 @@ class DatasetArchive:
         return {"archive": self.url, "dataset_digest": self.success["dataset_digest"]}
 
     def places(self) -> Iterator[pa.Table]:
-        parts = [self.path / name for name in sorted(outputs.digests_in(self.success, "crops"))]
+        parts = [part for part, _ in outputs.files_in(self.path, self.success, "crops")]
         self.states |= containers.states(parts)
         manifest = storage.read_table(self.path / "manifest.parquet", columns=["image_id", "n_bytes"])
         tables = [_places(part) for part in parts]

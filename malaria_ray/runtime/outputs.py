@@ -261,6 +261,13 @@ def digests_in(success: dict[str, Any], folder: str) -> dict[str, str]:
     return {name: record["sha256"] for name, record in success["files"].items() if name.startswith(f"{folder}/")}
 
 
+def files_in(path: UPath, success: dict[str, Any], folder: str) -> list[tuple[UPath, str]]:
+    """The files that the stage wrote into a folder, in order of their names, each with its SHA-256; whatever else lies
+    there is not among them.
+    """
+    return [(path / name, digest) for name, digest in sorted(digests_in(success, folder).items())]
+
+
 def files_added(path: UPath) -> dict[str, FileRecord]:
     """Records of the files that later stages (evaluate, report) added to a finished directory, of all that finished."""
     files: dict[str, FileRecord] = {}

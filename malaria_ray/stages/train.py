@@ -191,7 +191,7 @@ def run(config: Config) -> None:
             for name in ("model", "epochs", "patience", "batch_size", "precision", "xla", "specificity")
         },
     }
-    crops = _crops(dataset, success)
+    crops = outputs.files_in(dataset, success, "crops")
     cells = _cells(crops)
     splits = assign_splits(cells, by=config.split_by, seed=config.seed, n_folds=config.folds, fold=config.fold)
     if config.specificity is not None:
@@ -338,11 +338,6 @@ def run(config: Config) -> None:
     for layer in exported["layers"]:
         log.info("%s: %s parameters, %s trained", layer["layer"], f"{layer['parameters']:,}", f"{layer['trainable']:,}")
     log.info("run: %s", path)
-
-
-def _crops(dataset: UPath, success: dict[str, Any]) -> list[tuple[UPath, str]]:
-    """The parts that `ingest` wrote, with their SHA-256; what else lies there is not trained on."""
-    return [(dataset / name, digest) for name, digest in sorted(outputs.digests_in(success, "crops").items())]
 
 
 def _cells(crops: list[tuple[UPath, str]]) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from upath import UPath
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.splits import assign_splits
 from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, ModelError, NotCompleteError, TrainingError
-from malaria_ray.runtime import storage
+from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import cpus_for_each_of, room_for
 from malaria_ray.schema import HISTORY, SPLITS
 from malaria_ray.stages import ingest, train
@@ -336,7 +336,7 @@ def test_a_run_keeps_what_it_learnt_from_validation_cells(line: Line):
 
 def test_labels_of_test_cells_cannot_reach_the_fit(line: Line):
     dataset = UPath(line.dataset)
-    cells = train._cells(train._crops(dataset, storage.read_json(dataset / "_SUCCESS.json")))
+    cells = train._cells(outputs.files_in(dataset, storage.read_json(dataset / "_SUCCESS.json"), "crops"))
     splits = assign_splits(cells, by="patient", seed=42)
     scores = np.random.default_rng(0).uniform(0.01, 0.99, int((splits == "val").sum())).astype(np.float32)
     learnt = train._learn(cells, splits, scores, specificity=None)
