@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from upath import UPath
 
-from malaria_ray.archives import Archive, containers
+from malaria_ray.archives import Archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.cells.patients import file_names, labels_of, patients_of
 from malaria_ray.errors import ArchiveError, PatientMappingError
@@ -63,22 +63,6 @@ def list_archive(
     if patients and not is_certain:
         _check_named(listing, known[0], archive.url)
     return listing.set_column(0, "key", pa.array(np.arange(listing.num_rows)))
-
-
-def check_unchanged(archive: Archive, listing: pa.Table) -> None:
-    """Behind reading: the listing's containers of many files must be those that were listed. Places in a tar or Parquet
-    file that was replaced since are those of other images.
-
-    Raises: `ArchiveError` where one is not.
-    """
-    many = pc.unique(listing["container"].filter(pc.is_valid(listing["offset"]))).to_pylist()
-    now = containers.states([storage.locate(url) for url in many]).values()
-    for url, state in zip(many, now, strict=True):
-        if archive.states[url] != state:
-            raise ArchiveError(
-                f"{storage.locate(url)} was replaced while it was read; run again: that keeps what was read of bytes "
-                "that are still there, and says so where other files lie in it"
-            )
 
 
 def listing_digest(listing: pa.Table) -> str:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from upath import UPath
 
-from malaria_ray.archives import Archive, listing
+from malaria_ray.archives import Archive, containers
+from malaria_ray.archives.listing import shards
 from malaria_ray.archives.reading import read_files
 from malaria_ray.cells.images import content_digest
 from malaria_ray.errors import ArchiveError
@@ -56,7 +57,7 @@ def forget_replaced(
             f"{rows.num_rows:,}",
         )
         with ThreadPoolExecutor(_N_THREADS) as pool:
-            digests = pa.chunked_array(pool.map(_digests, listing.shards(rows, _AT_ONCE)), pa.string())
+            digests = pa.chunked_array(pool.map(_digests, shards(rows, _AT_ONCE)), pa.string())
         at = pc.index_in(known["image_id"], value_set=rows["image_id"])
         is_same = pc.or_(pc.is_null(at), pc.fill_null(pc.equal(known["content_digest"], digests.take(at)), False))
         others = pc.unique(known["image_id"].filter(pc.invert(is_same)))
@@ -68,14 +69,20 @@ def forget_replaced(
 
 
 def check_unchanged(work: UPath, archive: Archive, files: pa.Table) -> None:
-    """Behind reading: `listing.check_unchanged`. Where it refuses, the next run compares all that is done, even where
-    the file is back that was there first.
+    """Behind reading: the listing's containers of many files must be those that were listed.
+
+    Raises: `ArchiveError` where one is not. The next run compares all that is done then, even where the file is back
+    that was there first.
     """
-    try:
-        listing.check_unchanged(archive, files)
-    except ArchiveError:
-        storage.write_json(work / _STATES, {})
-        raise
+    many = pc.unique(files["container"].filter(pc.is_valid(files["offset"]))).to_pylist()
+    now = containers.states([storage.locate(url) for url in many]).values()
+    for url, state in zip(many, now, strict=True):
+        if archive.states[url] != state:
+            storage.write_json(work / _STATES, {})
+            raise ArchiveError(
+                f"{storage.locate(url)} was replaced while it was read; run again: that keeps what was read of bytes "
+                "that are still there, and says so where other files lie in it"
+            )
 
 
 def _lie_in(column: pa.ChunkedArray, urls: list[str]) -> pa.ChunkedArray:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from malaria_ray.errors import ConfigError
 from malaria_ray.schema import Label
@@ -31,6 +33,7 @@ Point = npt.NDArray[np.float64]
 
 NOTICE = "Synthetic image made by malaria_ray; not a real cell"
 
+_MARK = "SYNTHETIC"  # in the name of every cell drawn here
 _DONOR_SHARE = 0.25  # 50 of the 200 patients of the NIH set are healthy donors
 _BLOCK = 3  # pixels: NIH cells were cut out at a third of the resolution, hence the stairs along their edge
 
@@ -207,6 +210,11 @@ def _png(image: Image) -> bytes:
     return png[:end_of_header] + chunk + png[end_of_header:]
 
 
+def has_synthetic(image_ids: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether one of the names is a synthetic cell's."""
+    return bool(pc.any(pc.match_substring(image_ids, _MARK)).as_py())
+
+
 def synthetic_cells(*, n_patients: int, n_cells_per_patient: int, seed: int) -> Iterator[tuple[str, bytes]]:
     """Yields (path in the archive, PNG) of each cell, patient by patient, laid out as the NIH archive.
 
@@ -228,7 +236,7 @@ def synthetic_cells(*, n_patients: int, n_cells_per_patient: int, seed: int) -> 
         infected = patient <= n_infected
         label = Label(infected and index < n_parasitized[patient - 1])
         key = f"C{100 + patient}P{patient}" if infected else f"C{200 + patient}"
-        path = f"cell_images/{label.name.capitalize()}/{key}ThinF_SYNTHETIC_cell_{index}.png"
+        path = f"cell_images/{label.name.capitalize()}/{key}ThinF_{_MARK}_cell_{index}.png"
         return path, _png(synthetic_cell(label, seed=seed, patient=patient, index=index))
 
     return (cell(patient, index) for patient in range(1, n_patients + 1) for index in range(n_cells_per_patient))

@@ -220,9 +220,9 @@ def _explained(address: str) -> Iterator[None]:
             "in ~/.ray/auth_token, or in a file that RAY_AUTH_TOKEN_PATH names"
         ) from error
     except (ConnectionError, RpcError, requests.exceptions.RequestException) as error:
+        why = str(error).rstrip(".")
         raise ClusterError(
-            f"no cluster answers at {address}: {error}; check the address (as http://127.0.0.1:8265) and the port "
-            "forward"
+            f"no cluster answers at {address}: {why}; check the address (as http://127.0.0.1:8265) and the port forward"
         ) from error
     except (RuntimeError, ValueError) as error:
         raise ClusterError(f"{address}: {error}") from error

@@ -28,7 +28,8 @@ from malaria_ray.archives.replaced import check_unchanged, forget_replaced
 from malaria_ray.cells.crops import crop_pixels, crops_column
 from malaria_ray.cells.images import PREPROCESSING, Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits, check_trainable
-from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, TooManyBadImagesError
+from malaria_ray.cells.synthetic import has_synthetic
+from malaria_ray.errors import ArchiveError, ConfigError, InvariantError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.session import ray_session
@@ -36,6 +37,7 @@ from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import MANIFEST, OK, QUARANTINE, Label, crops_table
 from malaria_ray.stages.pictures import samples_figure
+from malaria_ray.stages.refusals import check_few_refused, check_fraction
 
 log = logging.getLogger("malaria_ray")
 
@@ -70,8 +72,7 @@ class Config:
     def __post_init__(self) -> None:
         if not 16 <= self.image_size <= 1024:
             raise ConfigError(f"--image-size {self.image_size}: allowed are 16 to 1024 pixels")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+        check_fraction(self.max_bad_fraction)
         check_seed(self.seed)
 
 
@@ -126,7 +127,13 @@ def run(config: Config) -> None:
 
     outputs.check_held(dataset)
     manifest, files = _publish(dataset, listing["image_id"])
-    _check_bad_fraction(manifest, dataset, config.max_bad_fraction)
+    check_few_refused(
+        dict(Counter(status for status in manifest["status"].to_pylist() if status != OK).most_common()),
+        manifest.num_rows,
+        allowed=config.max_bad_fraction,
+        what_to_do=f"look at {dataset / 'quarantine'}, then correct the archive or run again with a larger fraction, "
+        "which decodes nothing anew",
+    )
     summary = _summary(manifest, config)
     storage.write_json(dataset / "summary.json", summary)
     storage.write_bytes(dataset / "samples.png", _samples(dataset, manifest, config))
@@ -247,19 +254,6 @@ def _publish(dataset: UPath, listed: pa.ChunkedArray) -> tuple[pa.Table, dict[st
     return manifest, files
 
 
-def _check_bad_fraction(manifest: pa.Table, dataset: UPath, allowed: float) -> None:
-    reasons = Counter(status for status in manifest["status"].to_pylist() if status != OK)
-    n_bad = sum(reasons.values())
-    if n_bad / manifest.num_rows > allowed:
-        raise TooManyBadImagesError(
-            f"{n_bad:,} of {manifest.num_rows:,} files cannot be used ("
-            + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common())
-            + f"), more than --max-bad-fraction {allowed}; look at {dataset / 'quarantine'}, then correct the "
-            f"archive or run again "
-            "with a larger fraction, which decodes nothing anew"
-        )
-
-
 def _dataset_digest(manifest: pa.Table, image_size: int) -> str:
     """First 16 hex digits of a SHA-256 over every row of the manifest and the preprocessing: the name of these exact
     data.
@@ -296,7 +290,7 @@ def _summary(manifest: pa.Table, config: Config) -> dict[str, Any]:
             "n": len(measured),
             "pixels": {side: _spread(measured[side]) for side in ("width", "height")},
         },
-        "is_synthetic": bool(cells["image_id"].str.contains("SYNTHETIC").any()),
+        "is_synthetic": has_synthetic(manifest["image_id"]),
     }
 
 
@@ -334,7 +328,7 @@ def _samples(dataset: UPath, manifest: pa.Table, config: Config) -> bytes:
         )
     ]
     heading = f"{len(rows)} of {manifest.num_rows:,} images, resized to {config.image_size} × {config.image_size}"
-    if any("SYNTHETIC" in image_id for image_id in taken["image_id"].to_pylist()):
+    if has_synthetic(taken["image_id"]):
         heading += " · SYNTHETIC"
     return samples_figure(crop_pixels(taken["image"], image_size=config.image_size), titles, heading)
 

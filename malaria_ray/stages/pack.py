@@ -30,11 +30,12 @@ from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.reading import UNKNOWN_BYTES, read_files
 from malaria_ray.archives.replaced import check_unchanged, forget_replaced
 from malaria_ray.cells.images import content_digest
-from malaria_ray.errors import ArchiveError, ConfigError, TooManyBadImagesError
+from malaria_ray.errors import ArchiveError, ConfigError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
-from malaria_ray.runtime.terminal import console, counted, progress
+from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import LISTING, OK, PACKED, Reason
+from malaria_ray.stages.refusals import check_few_refused, check_fraction
 
 log = logging.getLogger("malaria_ray")
 
@@ -63,8 +64,7 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.part_mb <= 1024:
             raise ConfigError(f"--part-mb {self.part_mb}: allowed are 1 to 1024 megabytes")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+        check_fraction(self.max_bad_fraction)
 
 
 @outputs.one_writer()
@@ -113,12 +113,13 @@ def run(config: Config) -> None:
     outputs.check_held(packed)
     records = [storage.read_json(_record(work, part)) for part in range(len(bounds))]
     counts = _counts(records)
-    n_bad = sum(counts["reasons"].values())
-    if n_bad / counts["n_files"] > config.max_bad_fraction:
-        raise TooManyBadImagesError(
-            f"{n_bad:,} of {counts['n_files']:,} files cannot be read ({counted(counts['reasons'])}), more than "
-            f"--max-bad-fraction {config.max_bad_fraction}; correct the archive and run again, which tries those anew"
-        )
+    check_few_refused(
+        counts["reasons"],
+        counts["n_files"],
+        allowed=config.max_bad_fraction,
+        cannot="be read",
+        what_to_do="correct the archive and run again, which tries those anew",
+    )
     files = {f"images/{storage.part_name(part)}": record["file"] for part, record in enumerate(records)}
     places = packed_listing(listing, bounds)
     files["listing.parquet"] = storage.write_table(packed / "listing.parquet", places)

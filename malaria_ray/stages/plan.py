@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from rich.table import Table as RichTable
 from tyro.conf import Positional
 
-from malaria_ray.archives import containers, open_archive
+from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.listing import list_archive, shards
 from malaria_ray.archives.patients import patient_rule
@@ -100,7 +100,9 @@ def run(config: Config) -> None:
     log.info("%s: %s files listed in %.1f s", archive.url, f"{listing.num_rows:,}", listing_s)
     found = describe(listing)
     if isinstance(archive, DatasetArchive):  # its crops, not the files that they were made from
-        found["n_bytes"] = sum(containers.n_bytes(part) for part in storage.parts(archive.path / "crops"))
+        found["n_bytes"] = sum(
+            record["bytes"] for name, record in archive.success["files"].items() if name.startswith("crops/")
+        )
     sample = choose(listing, config.sample, seed=config.seed)
     file = MODEL_FILE[config.engine]
     model = read_run_file(run_path / file, sha256=trained["files"][file]["sha256"])

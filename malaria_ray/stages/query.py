@@ -19,13 +19,14 @@ from tyro.conf import Positional
 
 from malaria_ray.errors import ConfigError, QueryError
 from malaria_ray.runtime import storage
-from malaria_ray.runtime.terminal import console, printable
+from malaria_ray.runtime.terminal import console, folded, printable
 from malaria_ray.stages.views import absent_views, connect, open_results, view_names
 
 log = logging.getLogger("malaria_ray")
 
 Format = Literal["table", "csv", "json", "parquet"]
 
+_BORDER = 3  # letters of a table's border and margins for each column
 _COPY_OPTIONS = {"csv": "FORMAT csv, HEADER", "json": "FORMAT json, ARRAY true", "parquet": "FORMAT parquet"}
 
 
@@ -42,7 +43,8 @@ class Config:
     examples: bool = False
     """List the examples and leave."""
     format: Format = "table"
-    """table: for people; csv, json (an array of objects), parquet: the whole answer for programs."""
+    """table: for people, where it is too wide with a line for each value; csv, json (an array of objects), parquet: the
+    whole answer for programs."""
     output: str | None = None
     """File or URL to write csv, json or parquet to; by default stdout."""
     max_rows: int = 100
@@ -122,17 +124,26 @@ def _explained(error: duckdb.Error, absent: dict[str, str]) -> str:
 
 
 def _print_table(answer: duckdb.DuckDBPyRelation, max_rows: int) -> None:
-    table = RichTable()
-    for name in answer.columns:
-        table.add_column(printable(name), overflow="fold")  # an id that is cut cannot be searched for
+    names = [printable(name) for name in answer.columns]
+    rows: list[list[Text]] = []
     n_rows = 0
     for batch in answer.to_arrow_reader(max(max_rows, 10_000)):
         shown = batch.slice(0, max(0, max_rows - n_rows))
-        for row in zip(*(column.to_pylist() for column in shown.columns), strict=True):
-            table.add_row(*(Text(_shown(value)) for value in row))
+        columns = (column.to_pylist() for column in shown.columns)
+        rows += ([Text(_shown(value)) for value in row] for row in zip(*columns, strict=True))
         n_rows += batch.num_rows
     out = console()
-    out.print(table)
+    if rows and sum(len(name) + _BORDER for name in names) > out.width:  # as psql's \x auto
+        for i, row in enumerate(rows, start=1):
+            table = RichTable(show_header=False, title=f"row {i}", title_justify="left")
+            for name, value in zip(names, row, strict=True):
+                table.add_row(name, value)
+            out.print(folded(table))
+    else:
+        table = RichTable(*names)
+        for row in rows:
+            table.add_row(*row)
+        out.print(folded(table))  # an id that is cut cannot be searched for
     if n_rows > max_rows:
         out.print(f"{max_rows:,} of {n_rows:,} rows; --max-rows shows more, --format csv all")
 

@@ -32,15 +32,17 @@ from malaria_ray.archives.listing import check_same_listing, list_archive, listi
 from malaria_ray.archives.patients import patient_rule
 from malaria_ray.archives.replaced import check_unchanged, forget_replaced
 from malaria_ray.cells.images import PREPROCESSING
-from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError, TooManyBadImagesError
+from malaria_ray.cells.synthetic import has_synthetic
+from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError
 from malaria_ray.models.engines import MODEL_FILE, EngineName, gpu_fault, read_run_file
 from malaria_ray.runtime import iceberg, outputs, storage
 from malaria_ray.runtime.redaction import without_secrets
 from malaria_ray.runtime.session import may_grow, ray_session, room_for
 from malaria_ray.runtime.storage import FileRecord
-from malaria_ray.runtime.terminal import console, counted, progress
+from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import LISTING, OK, PREDICTIONS, QUARANTINE, RESEARCH_ONLY, Label, Reason, Split, Table
 from malaria_ray.stages import ledger
+from malaria_ray.stages.refusals import check_few_refused, check_fraction
 from malaria_ray.stages.scorers import Scorer, ScoringPlan, decode_block
 from malaria_ray.statistics.validation import Validation
 
@@ -124,8 +126,7 @@ class Config:
             raise ConfigError(f"--gpus-per-actor {gpus:g}: allowed are 0 to 1 and whole numbers")
         if gpus and self.engine == "ncnn":
             raise ConfigError("--engine ncnn computes on CPUs; leave --gpus-per-actor away, or the engine")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(f"--max-bad-fraction {self.max_bad_fraction}: allowed are 0 to 1")
+        check_fraction(self.max_bad_fraction)
         if self.overwrite and self.retry_quarantined:
             raise ConfigError("--retry-quarantined keeps what --overwrite would delete; give one of them")
 
@@ -202,7 +203,7 @@ def run(config: Config) -> None:
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
-        "is_synthetic": any("SYNTHETIC" in name for name in listing["image_id"].slice(0, 1000).to_pylist()),
+        "is_synthetic": has_synthetic(listing["image_id"]),
     }
     n_files = listing.num_rows
     listed = time.monotonic()
@@ -259,7 +260,14 @@ def run(config: Config) -> None:
             f"{others:,}",
         )
     files |= _write_facts(facts_of_run, results)
-    _check_bad_fraction(counts, results, config.max_bad_fraction)
+    check_few_refused(
+        counts["quarantine_reasons"],
+        counts["n_files"],
+        allowed=config.max_bad_fraction,
+        what_to_do=f"look at {results / 'quarantine'}, then run again with --retry-quarantined unreadable (all, where "
+        "files of a folder were corrected; a mended .zip, .tar or .parquet is another archive), or with a larger "
+        "fraction, which scores nothing anew",
+    )
     _write_iceberg(config, results)
     outputs.finish(
         results,
@@ -655,17 +663,6 @@ def _rates(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n_a
         "engines": engines,
         "stages": stages,
     }
-
-
-def _check_bad_fraction(counts: dict[str, Any], results: UPath, allowed: float) -> None:
-    if counts["n_quarantined"] / counts["n_files"] > allowed:  # 0.29 of 100 is 28.999… in floating point
-        raise TooManyBadImagesError(
-            f"{counts['n_quarantined']:,} of {counts['n_files']:,} files cannot be used "
-            f"({counted(counts['quarantine_reasons'])}), more than "
-            f"--max-bad-fraction {allowed}; look at {results / 'quarantine'}, then run again with "
-            "--retry-quarantined unreadable (all, where files of a folder were corrected; a mended .zip, .tar or "
-            ".parquet is another archive), or with a larger fraction, which scores nothing anew"
-        )
 
 
 def _print_summary(success: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from malaria_ray.cells.copies import is_copy
 from malaria_ray.cells.crops import crop_pixels
 from malaria_ray.cells.images import Pixels
 from malaria_ray.cells.splits import SplitBy, assign_splits
+from malaria_ray.cells.synthetic import has_synthetic
 from malaria_ray.errors import ConfigError, DatasetError, MalariaRayError, TrainingError
 from malaria_ray.models import MIN_VGG19_SIZE, RECIPES, ModelName, Precision
 from malaria_ray.models.engines import Scores
@@ -298,9 +299,10 @@ def run(config: Config) -> None:
     files |= outputs.write_table(path, "history.parquet", table, stage="train")
     best_row = history[history["epoch"] == best_epoch].iloc[0]
     run_id = f"{config.model}-{hashlib.sha256(exported['onnx']).hexdigest()[:12]}"
-    figure = learning_curves_figure(
-        history, best_epoch=int(best_row["epoch"]), heading=f"{run_id}, split by {config.split_by}"
-    )
+    heading = f"{run_id}, split by {config.split_by}"
+    if has_synthetic(pa.array(cells["image_id"])):
+        heading += " · SYNTHETIC"
+    figure = learning_curves_figure(history, best_epoch=int(best_row["epoch"]), heading=heading)
     storage.write_bytes(path / "learning_curves.png", figure)
     files["learning_curves.png"] = storage.record_of(path / "learning_curves.png")
     outputs.finish(

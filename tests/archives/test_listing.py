@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malaria_ray.archives import open_archive
-from malaria_ray.archives.listing import check_same_listing, check_unchanged, list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
+from malaria_ray.archives.replaced import check_unchanged
 from malaria_ray.errors import ArchiveError, PatientMappingError
 from malaria_ray.runtime import storage
 from malaria_ray.schema import LISTING
@@ -239,33 +240,33 @@ def packed_as(kind: str, names: list[str]) -> bytes:
     return buffer.getvalue()
 
 
-def read_while(change: Callable[[], object], url: str) -> None:
+def read_while(change: Callable[[], object], url: str, *, work: Path) -> None:
     archive = open_archive(url)
     listing = list_archive(archive)
     change()
-    check_unchanged(archive, listing)
+    check_unchanged(storage.locate(str(work)), archive, listing)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "parquet"])
 def test_an_archive_that_is_replaced_while_it_is_read_is_found(tmp_path: Path, s3: Any, kind: str) -> None:
     on_disk, names = tmp_path / f"cells.{kind}", [f"{i}.png" for i in range(8)]
     on_disk.write_bytes(packed_as(kind, names))
-    read_while(on_disk.read_bytes, str(on_disk))
+    read_while(on_disk.read_bytes, str(on_disk), work=tmp_path)
     with pytest.raises(ArchiveError, match=f"{on_disk} was replaced while it was read; run again"):
-        read_while(lambda: on_disk.write_bytes(packed_as(kind, names[::-1])), str(on_disk))
+        read_while(lambda: on_disk.write_bytes(packed_as(kind, names[::-1])), str(on_disk), work=tmp_path)
 
     def put(order: list[str]) -> None:
         s3.put_object(Bucket="cells-bucket", Key=f"shards/1.{kind}", Body=packed_as(kind, order))
 
     put(names)
     url = f"s3://cells-bucket/shards/1.{kind}" if kind == "zip" else "s3://cells-bucket/shards"
-    read_while(lambda: None, url)
+    read_while(lambda: None, url, work=tmp_path)
     with pytest.raises(ArchiveError, match=f"1.{kind} was replaced while it was read"):
-        read_while(lambda: put(names[::-1]), url)
+        read_while(lambda: put(names[::-1]), url, work=tmp_path)
     with pytest.raises(ArchiveError, match=f"1.{kind} cannot be looked at: .*; check that it is still there"):
-        read_while(lambda: s3.delete_object(Bucket="cells-bucket", Key=f"shards/1.{kind}"), url)
+        read_while(lambda: s3.delete_object(Bucket="cells-bucket", Key=f"shards/1.{kind}"), url, work=tmp_path)
 
 
 def test_a_file_of_a_folder_may_be_replaced_for_it_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(samples.noise(1))
-    read_while(lambda: (tmp_path / "a.png").write_bytes(samples.noise(2)), str(tmp_path))
+    read_while(lambda: (tmp_path / "a.png").write_bytes(samples.noise(2)), str(tmp_path), work=tmp_path)

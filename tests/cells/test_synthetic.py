@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from malaria_ray.cells.patients import label_of, patient_of
-from malaria_ray.cells.synthetic import NOTICE, synthetic_cell, synthetic_cells
+from malaria_ray.cells.synthetic import NOTICE, has_synthetic, synthetic_cell, synthetic_cells
 from malaria_ray.errors import ConfigError
 from malaria_ray.schema import Label
 
@@ -133,6 +134,13 @@ def test_names_say_synthetic_and_parse_as_the_nih_names(archive):
     assert all(label_of(path) is not None for path in archive)
     per_patient = Counter(patient_of(path) for path in archive)
     assert per_patient == {**{f"P{n}": 20 for n in range(1, 16)}, **{f"C{n}": 20 for n in range(216, 221)}}
+
+
+def test_one_synthetic_cell_among_many_others_is_found(archive):
+    others = [f"cell_images/Parasitized/C1P1ThinF_cell_{i}.png" for i in range(2000)]
+    assert not has_synthetic(pa.chunked_array([others]))
+    assert has_synthetic(pa.chunked_array([others, [next(iter(archive))]]))
+    assert not has_synthetic(pa.chunked_array([], pa.string()))
 
 
 def test_donors_have_no_parasites_and_patients_have_both_classes(archive):

@@ -19,6 +19,12 @@ from malaria_ray.runtime import lease, outputs, storage
 from malaria_ray.schema import PREDICTIONS
 
 
+@pytest.fixture(autouse=True)
+def _writes_arrive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stores are in this process, and tests/runtime/test_lease.py looks at those who begin together."""
+    monkeypatch.setattr(lease, "_SETTLE_S", 0.1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     archive: str = "cells.zip"

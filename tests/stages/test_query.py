@@ -340,6 +340,18 @@ def test_columns_of_one_name_are_told_apart_in_the_table_as_in_files(two: tuple[
     assert row[3] == written["image_id"][0]
 
 
+def test_rows_of_too_many_columns_have_a_line_for_each_value(two: tuple[str, str], capsys: pytest.CaptureFixture[str]):
+    query.run(query.Config(results_and_sql=(two[0], "SELECT * FROM cells ORDER BY image_id"), max_rows=2))
+    out = capsys.readouterr().out
+    table = predictions_of(two[0]).sort_values("image_id").head(2)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert [value for name, value in lines if name == "image_id"] == table["image_id"].tolist()
+    assert [float(value) for name, value in lines if name == "score"] == pytest.approx(table["score"], rel=1e-5)
+    assert "row 1" in out
+    assert "row 2" in out
+    assert f"2 of {len(predictions_of(two[0])):,} rows" in out
+
+
 def test_hostile_names_do_not_reach_the_terminal_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     some = cells(len(HOSTILE))
     some["image_id"] = [f"{name}{i}.png" for i, name in enumerate(HOSTILE)]
