@@ -114,7 +114,9 @@ def run(config: Config) -> None:
         work,
         archive,
         listing,
-        done=lambda: [storage.read_table(work / "manifest", ["image_id", "content_digest"])],
+        done=lambda: [
+            storage.read_table(part, ["image_id", "content_digest"]) for part in storage.parts(work / "manifest")
+        ],
         forget=partial(_forget, work),
     )
     log.info("%s: %s files", archive.url, f"{listing.num_rows:,}")

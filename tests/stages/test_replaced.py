@@ -124,6 +124,23 @@ def test_the_same_images_at_other_places_cost_no_work_that_is_done(
     assert (success["timings"]["images_scored"], success["counts"]["n_scored"]) == (0, 2 * N_EACH)
 
 
+@pytest.mark.parametrize("stage", [screen, ingest, pack])
+def test_replaced_before_anything_was_read_the_work_goes_on(
+    stage: Any, line: Line, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, READERS[stage][0], stopped)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(config_of(stage, shards, tmp_path / "output", line))
+    moved(shards / "b.tar")
+    stage.run(config_of(stage, shards, tmp_path / "output", line))
+    assert len(table_of(stage, tmp_path / "output")) == 2 * N_EACH
+    verify.run(verify.Config(directory=str(tmp_path / "output")))
+
+
 def test_crops_that_are_not_those_of_the_dataset_are_not_trained_on(
     line: Line, copy_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
