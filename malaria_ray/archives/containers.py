@@ -57,7 +57,8 @@ def opened(path: UPath, *, is_read_in_order: bool = True) -> Iterator[BinaryIO]:
 
 
 State = dict[str, str]
-"""What storage tells of a file that is another once the file was replaced: size, time, tag."""
+"""What storage tells of a file that is another once the file was replaced: size, times, tag. `created` of a disk is the
+inode's change, which nobody sets back."""
 
 
 def listed(path: UPath, places: Callable[[], Iterator[pa.Table]], states: dict[str, State]) -> Iterator[pa.Table]:
@@ -96,7 +97,10 @@ def n_bytes(path: UPath) -> int:
     return int(_info(path)["size"] or 0)
 
 
-_STATE = ("size", "mtime", "ETag", "LastModified", "Last-Modified", "etag", "last_modified", "updated", "md5Hash")
+_STATE = (
+    *("size", "mtime", "created", "ETag", "LastModified", "Last-Modified"),
+    *("etag", "last_modified", "updated", "md5Hash"),
+)
 
 
 def _state(info: dict[str, Any]) -> State:

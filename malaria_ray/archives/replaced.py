@@ -7,6 +7,8 @@ still lie under the same name: that is compared, so that a file that was merely 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,18 +73,32 @@ def forget_replaced(
 def check_unchanged(work: UPath, archive: Archive, files: pa.Table) -> None:
     """Behind reading: the listing's containers of many files must be those that were listed.
 
-    Raises: `ArchiveError` where one is not. The next run compares all that is done then, even where the file is back
-    that was there first.
+    Raises: `ArchiveError` where one is not, or cannot be looked at. The next run compares all that is done then, even
+    where the file is back that was there first.
     """
     many = pc.unique(files["container"].filter(pc.is_valid(files["offset"]))).to_pylist()
-    now = containers.states([storage.locate(url) for url in many]).values()
-    for url, state in zip(many, now, strict=True):
-        if archive.states[url] != state:
-            storage.write_json(work / _STATES, {})
-            raise ArchiveError(
-                f"{storage.locate(url)} was replaced while it was read; run again: that keeps what was read of bytes "
-                "that are still there, and says so where other files lie in it"
-            )
+    try:
+        now = containers.states([storage.locate(url) for url in many]).values()
+        for url, state in zip(many, now, strict=True):
+            if archive.states[url] != state:
+                raise ArchiveError(
+                    f"{storage.locate(url)} was replaced while it was read; run again: that keeps what was read of "
+                    "bytes that are still there, and says so where other files lie in it"
+                )
+    except ArchiveError:
+        forget_states(work)
+        raise
+
+
+def forget_states(work: UPath) -> None:
+    """Lets the next run compare all that is done."""
+    storage.write_json(work / _STATES, {})
+
+
+def states_digest(archive: Archive) -> str:
+    """First 16 hex digits of a SHA-256 over the states of the containers that were listed."""
+    states = {without_secrets(url): state for url, state in archive.states.items()}
+    return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lie_in(column: pa.ChunkedArray, urls: list[str]) -> pa.ChunkedArray:

@@ -30,7 +30,7 @@ from malaria_ray.archives import open_archive
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again
 from malaria_ray.archives.patients import patient_rule
-from malaria_ray.archives.replaced import check_unchanged, forget_replaced
+from malaria_ray.archives.replaced import check_unchanged, forget_replaced, forget_states, states_digest
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.cells.synthetic import has_synthetic
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError
@@ -203,6 +203,7 @@ def run(config: Config) -> None:
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
+        "containers_digest": states_digest(archive),
         "is_synthetic": has_synthetic(listing["image_id"]),
     }
     n_files = listing.num_rows
@@ -230,7 +231,8 @@ def run(config: Config) -> None:
         else:
             outputs.hold_finished(results, "screen", finished)
         if retried:
-            _reopen(results, retried, listing, is_finished=claim is None)
+            is_replaced = finished.get("containers_digest") != facts["containers_digest"]
+            _reopen(results, retried, listing, is_finished=claim is None, is_replaced=is_replaced)
         work = outputs.work_of(results, "screen")
         check_same_listing(work, listing)
         forget_replaced(
@@ -556,8 +558,11 @@ def _to_retry(
     return pa.chunked_array([pc.unique(again["image_id"])])
 
 
-def _reopen(results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool) -> None:
-    """Marks the rows of these files as not done, and opens finished results again.
+def _reopen(
+    results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool, is_replaced: bool
+) -> None:
+    """Marks the rows of these files as not done, and opens finished results again. `is_replaced`: whether a container
+    is another than it was for the finished results.
 
     The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
     results are as they were; after it, the same command, or one without the flag, finishes them.
@@ -590,6 +595,8 @@ def _reopen(results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_f
             FROM quarantine JOIN listing USING (image_id) WHERE image_id NOT IN (SELECT image_id FROM retried)
         """).to_arrow_table()
     ledger.reopen(work, rows.select(SCORED.names).cast(SCORED))
+    if is_replaced:
+        forget_states(work)
     storage.remove(results / outputs.SUCCESS)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,25 @@ def write_tar(path: Path, files: dict[str, bytes], comment: str | None = None) -
             tar.addfile(info, io.BytesIO(data))
 
 
+def read_tar(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
 def moved(path: Path) -> None:
     """The same images at other places of a new file."""
-    with tarfile.open(path) as tar:
-        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    files = read_tar(path)
     path.rename(path.parent.parent / "first")
     write_tar(path, files, comment="x" * 2 * len(next(iter(files.values()))))
+
+
+def reversed_in_place(path: Path) -> None:
+    """The same images, each at another's place, in a new file of the same size and time."""
+    was, files = path.stat(), read_tar(path)
+    path.rename(path.parent.parent / "first")
+    write_tar(path, dict(reversed(files.items())))
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert path.stat().st_size == was.st_size
 
 
 @pytest.mark.parametrize(("stage", "is_back"), [(screen, False), (screen, True), (ingest, False), (pack, True)])
@@ -122,6 +137,51 @@ def test_the_same_images_at_other_places_cost_no_work_that_is_done(
     assert f"b.tar was replaced since the work was begun: the {N_EACH} files that were read are compared" in caplog.text
     success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
     assert (success["timings"]["images_scored"], success["counts"]["n_scored"]) == (0, 2 * N_EACH)
+
+
+@pytest.mark.parametrize("ending", ["looked at", "killed", "away"])
+def test_no_row_is_kept_of_a_file_that_only_its_change_tells_from_the_first(
+    ending: str, line: Line, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ingest.run(config_of(ingest, shards, tmp_path / "undisturbed", line))
+    output, decode_all = tmp_path / "output", ingest._decode_all
+
+    def read_replaced(*arguments: Any, **more: Any) -> int:
+        reversed_in_place(shards / "b.tar")
+        n = decode_all(*arguments, **more)
+        if ending == "killed":
+            raise KeyboardInterrupt
+        if ending == "away":
+            (shards / "b.tar").unlink()
+        return n
+
+    monkeypatch.setattr(ingest, "_decode_all", read_replaced)
+    with pytest.raises((ArchiveError, KeyboardInterrupt)):
+        ingest.run(config_of(ingest, shards, output, line))
+    monkeypatch.setattr(ingest, "_decode_all", decode_all)
+    (tmp_path / "first").replace(shards / "b.tar")
+    ingest.run(config_of(ingest, shards, output, line))
+    pd.testing.assert_frame_equal(table_of(ingest, output), table_of(ingest, tmp_path / "undisturbed"))
+    verify.run(verify.Config(directory=str(output)))
+
+
+def test_files_are_tried_again_in_an_archive_that_is_another_by_now(line: Line, shards: Path, tmp_path: Path):
+    """Rows of the finished results that tell of other bytes are scored anew too."""
+    files = {shard: read_tar(shards / f"{shard}.tar") for shard in "ab"}
+    bad = next(iter(files["a"]))
+    write_tar(shards / "a.tar", files["a"] | {bad: bytes(len(files["a"][bad]))})
+    results = tmp_path / "results"
+    screen.run(config_of(screen, shards, results, line))
+    assert len(table_of(screen, results)) == 2 * N_EACH - 1
+    names = list(files["b"])
+    write_tar(shards / "a.tar", files["a"])
+    write_tar(shards / "b.tar", files["b"] | {names[0]: files["b"][names[1]], names[1]: files["b"][names[0]]})
+    screen.run(replace(config_of(screen, shards, results, line), retry_quarantined="all"))
+    screen.run(config_of(screen, shards, tmp_path / "anew", line))
+    pd.testing.assert_frame_equal(table_of(screen, results), table_of(screen, tmp_path / "anew"))
+    success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
+    assert success["timings"]["images_scored"] == 3
+    verify.run(verify.Config(directory=str(results)))
 
 
 @pytest.mark.parametrize("stage", [screen, ingest, pack])
