@@ -17,7 +17,7 @@ from rich.console import Console
 from malaria_ray import __version__
 from malaria_ray.errors import ConfigError, MalariaRayError
 from malaria_ray.runtime.redaction import without_secrets
-from malaria_ray.runtime.terminal import printable, stop_on_sigterm
+from malaria_ray.runtime.terminal import ignore_sigterm, printable, stop_on_sigterm
 from malaria_ray.schema import RESEARCH_ONLY
 
 COMMANDS = {
@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"malaria-ray {command}: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        ignore_sigterm()
         print(f"malaria-ray {command}: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except Exception as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -120,6 +122,22 @@ def test_the_data_dictionary_names_every_column_and_reason():
     for table in [*TABLES.values(), *VIEWS.values()]:
         assert all(column.name in printed for column in table.columns)
     assert all(reason in printed for reason in Reason)
+
+
+@pytest.mark.parametrize("n_signals", [1, 3])
+def test_sigterm_while_ray_starts_stops_it_in_one_line(n_signals: int, tmp_path: Path):
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive/P1thin.png").write_bytes(samples.noise(1))
+    command = [sys.executable, "-m", "malaria_ray", "ingest", str(tmp_path / "archive"), str(tmp_path / "dataset")]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "1 files" in process.stderr.readline(), "what is said before Ray is started"
+    for _ in range(n_signals):
+        time.sleep(0.4)
+        process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=100)[1]
+    assert (process.returncode, said) == (130, "malaria-ray ingest: stopped; run the same command again to go on\n")
 
 
 def test_the_demo_runs_the_whole_line_and_a_second_time_does_nothing(tmp_path: Path):

@@ -122,10 +122,13 @@ def _start() -> None:
     try:
         with nullcontext() if is_debug else stderr_silenced():  # a fault is raised, the rest is C++'s start-up chatter
             ray.init(**options)
+    except SystemExit:  # how the handlers of SIGTERM end that Ray sets meanwhile, which also print where its C++ was
+        raise KeyboardInterrupt from None
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"RAY_ADDRESS={address}" if address else "a local Ray"
         raise ConfigError(f"{where} could not be reached: {error}; unset RAY_ADDRESS to run on this machine") from error
-    stop_on_sigterm()  # Ray has set a handler that prints where its C++ was
+    finally:
+        stop_on_sigterm()
 
 
 def _configure_data() -> None:

@@ -30,6 +30,12 @@ def stop_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def ignore_sigterm() -> None:
+    """For the end of a process that is stopped already: batch systems send more than one."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def console() -> Console:
     """Where tables are printed: stdout, as wide as the terminal. Text is printed as it is, names may hold brackets."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
