@@ -23,8 +23,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# First what mostly waits or takes one core, two files at a time; then what has a Ray on all cores. A failure of the first
+# does not hide those of the second.
+RAY_TESTS := tests/stages tests/cluster
+
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	status=0; \
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(RAY_TESTS:%=--ignore=%) || status=1; \
+	$(BIN)/python -m pytest -q -m "not slow" $(RAY_TESTS) || status=1; \
+	exit $$status
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from malaria_ray.errors import DatasetError
 from malaria_ray.schema import Label, Split
@@ -100,6 +99,8 @@ def _folds(cells: pd.DataFrame, *, by: SplitBy, n_folds: int, seed: int) -> np.n
             f"{len(ordered)} cells, {most} of the commoner class, cannot be divided {ratio}; at least {n_folds} of a "
             "class are needed"
         )
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # 1 s, which workers do not need
+
     folds = np.empty(len(ordered), np.int64)
     stratified = StratifiedGroupKFold if by == "patient" else StratifiedKFold
     splitter = stratified(n_splits=n_folds, shuffle=True, random_state=seed)

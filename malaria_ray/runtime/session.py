@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,6 +22,7 @@ from malaria_ray.runtime.terminal import stop_on_sigterm
 
 log = logging.getLogger("malaria_ray")
 
+_ROOM_BYTES = 100 * 10**6  # of a session's logs, some 10 MB, and of what is spilled to the disk
 _KEPT_IDLE_MS = "60000"  # where actors hold the CPUs Ray ends other workers after 1 s; the next block started one anew
 # A task on a node that no packet reaches any more is given up after both, by Ray after 5 + 2 minutes. Its servers take
 # one ping a minute at most.
@@ -118,6 +121,7 @@ def _start() -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else C++ tells the terminal what it retries by itself
     options: dict[str, Any] = {"address": address, "logging_level": level, "log_to_driver": is_debug}
     if not address:
+        _check_room()
         options |= {"address": "local", "include_dashboard": False}
     try:
         with nullcontext() if is_debug else stderr_silenced():  # a fault is raised, the rest is C++'s start-up chatter
@@ -129,6 +133,22 @@ def _start() -> None:
         raise ConfigError(f"{where} could not be reached: {error}; unset RAY_ADDRESS to run on this machine") from error
     finally:
         stop_on_sigterm()
+
+
+def _check_room() -> None:
+    """Raises: `ConfigError` where Ray has no room for its logs and sockets: its workers would die and be started again
+    for ever.
+    """
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", tempfile.gettempdir()))
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # Ray makes it, or says why not
+        return
+    if free < _ROOM_BYTES:
+        raise ConfigError(
+            f"{folder} has {free / 1e6:.1f} MB of free room, Ray needs {_ROOM_BYTES / 1e6:.0f} MB for its logs and "
+            "what does not fit into memory; free some, or name another folder by RAY_TMPDIR"
+        )
 
 
 def _configure_data() -> None:

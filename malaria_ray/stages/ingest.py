@@ -36,7 +36,6 @@ from malaria_ray.runtime.session import ray_session
 from malaria_ray.runtime.storage import FileRecord
 from malaria_ray.runtime.terminal import console, progress
 from malaria_ray.schema import MANIFEST, OK, QUARANTINE, Label, crops_table
-from malaria_ray.stages.pictures import samples_figure
 from malaria_ray.stages.refusals import check_few_refused, check_fraction
 
 log = logging.getLogger("malaria_ray")
@@ -309,6 +308,8 @@ def _spread(pixels: pd.Series) -> dict[str, float] | None:
 
 def _samples(dataset: UPath, manifest: pa.Table, config: Config) -> bytes:
     """A grid of cells, half of them of each class, chosen by the seed."""
+    from malaria_ray.stages.pictures import samples_figure  # Matplotlib, which workers do not need
+
     parts = storage.parts(dataset / "crops")
     if not parts:
         return samples_figure(np.empty((0, config.image_size, config.image_size, 3), np.uint8), [], "no usable image")

@@ -54,6 +54,11 @@ _DERIVED = ("metrics", "curves", "patients", "review", "differences", "report", 
 SORTED_BY = ("patient_id", "image_id")
 _SORT_MEMORY = "512MB"  # of the driver's, for sorting; the rest goes to disk
 _WATCH_EVERY_S = 2.0
+_QUIET_S = 120.0
+_QUIET = (
+    "screen: nothing was finished for %.0f s; the workers may wait for nodes, for storage or for room on a disk "
+    "(--debug shows what Ray says)"
+)
 _TASK_CPUS = 0.05  # of the tasks that write rows: they wait for storage
 _WRITERS = 2  # of those tasks at a time for each actor on CPUs: else, as actors end, Ray starts a process for each
 _ACTOR_CPUS = 0.9  # instead of 1: leaves room on every node for those tasks
@@ -421,12 +426,18 @@ def _watched(work: UPath, n_files: int) -> Iterator[None]:
     def watch() -> None:
         is_last = False
         with progress("screen", n_files) as report:
+            n_seen, since = len(known), time.monotonic()
             while not is_last:
                 is_last = is_over.wait(_WATCH_EVERY_S)
                 try:
                     look(report)
                 except Exception as error:  # a look that storage refused: the next one sees the same files
                     log.debug("progress is not known: %s", error)
+                if len(known) > n_seen:
+                    n_seen, since = len(known), time.monotonic()
+                elif time.monotonic() - since > _QUIET_S:
+                    log.warning(_QUIET, _QUIET_S)
+                    since = time.monotonic()
 
     watcher = threading.Thread(target=watch, name="progress", daemon=True)
     watcher.start()

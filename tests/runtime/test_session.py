@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from malaria_ray.errors import ConfigError
+from malaria_ray.runtime import session
+from malaria_ray.runtime.session import ray_session
 
 _WRITES_BETWEEN_BLOCKS = """
 import os, time
@@ -66,3 +74,14 @@ def test_room_is_waited_for_until_a_node_joins():
     run = [sys.executable, "-c", _A_NODE_JOINS]
     told = subprocess.run(run, env=own, capture_output=True, text=True, check=True).stdout
     assert told.splitlines() == ["at first: False", "with a node: True 2", "left free: 2.0"]
+
+
+def test_without_room_for_its_logs_no_ray_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Its workers would die and be started for ever."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(session, "_ROOM_BYTES", 1 << 60)
+    said = rf"{tmp_path} has [0-9.]+ MB of free room, Ray needs [0-9]+ MB .* name another folder by RAY_TMPDIR"
+    with pytest.raises(ConfigError, match=said), ray_session():
+        pass
+    assert not ray.is_initialized()

@@ -158,6 +158,14 @@ def test_where_ncnn_is_missing_onnx_runtime_scores_and_the_results_say_so(line: 
     pd.testing.assert_series_equal(found["predicted_label"], usual["predicted_label"])
 
 
+def test_where_nothing_is_finished_for_long_it_is_said(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(screen, "_QUIET_S", 0.5)
+    assert len(screen_of(line.archive, tmp_path / "results", line.run)) == 240
+    assert "nothing was finished for 0 s; the workers may wait for nodes, for storage or for room" in caplog.text
+
+
 @pytest.mark.slow
 def test_an_object_store_that_goes_away_stops_in_one_line_and_when_it_is_back_it_goes_on(
     line: Line, many: Path, undisturbed: pd.DataFrame, tmp_path: Path
