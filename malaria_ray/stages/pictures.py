@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from sklearn.metrics import roc_curve
 
 from malaria_ray.cells.images import Pixels
 from malaria_ray.schema import RESEARCH_ONLY
+from malaria_ray.statistics.metrics import roc_curve
 
 _TRAIN, _VAL = "#1b6ca8", "#c8553d"
 
@@ -78,8 +78,8 @@ def runs_figure(histories: dict[str, pd.DataFrame], scores: dict[str, pd.DataFra
         axis.set_ylabel(name)
         axis.xaxis.get_major_locator().set_params(integer=True)
     for cells in scores.values():
-        false, true, _ = roc_curve(cells["label"].astype(int), cells["score"])
-        axes[2].plot(false, true)
+        curve = roc_curve(cells["label"].astype(int), cells["score"])
+        axes[2].plot(curve["false_positive_rate"], curve["sensitivity"])
         axes[2].set_xlabel("1 - specificity, test split")
         axes[2].set_ylabel("sensitivity")
     for axis, names in zip(axes, (histories, histories, scores), strict=False):
