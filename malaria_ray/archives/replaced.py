@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from upath import UPath
 
 from malaria_ray.archives import Archive, containers
+from malaria_ray.archives.containers import State
 from malaria_ray.archives.listing import shards
 from malaria_ray.archives.reading import read_files
 from malaria_ray.cells.images import content_digest
@@ -46,7 +47,7 @@ def forget_replaced(
     `files`: the listing; `done`: gives image_id and content_digest of what is done; `forget`: makes these rows of the
     listing undone. Killed before its end, the next run does it again.
     """
-    kept, now = work / _STATES, {without_secrets(url): state for url, state in archive.states.items()}
+    kept, now = work / _STATES, _named(archive.states)
     was = storage.read_json(kept) if kept.exists() else now
     replaced = [url for url in archive.states if was.get(without_secrets(url)) != now[without_secrets(url)]]
     if replaced:
@@ -67,7 +68,7 @@ def forget_replaced(
             log.info("%s of them are others now and are read again", f"{len(others):,}")
             forget(rows.filter(pc.is_in(rows["image_id"], value_set=others)))
     if replaced or not kept.exists():
-        storage.write_json(kept, now)
+        keep_states(work, archive.states)
 
 
 def check_unchanged(work: UPath, archive: Archive, files: pa.Table) -> None:
@@ -86,19 +87,23 @@ def check_unchanged(work: UPath, archive: Archive, files: pa.Table) -> None:
                     "bytes that are still there, and says so where other files lie in it"
                 )
     except ArchiveError:
-        forget_states(work)
+        keep_states(work, {})
         raise
 
 
-def forget_states(work: UPath) -> None:
-    """Lets the next run compare all that is done."""
-    storage.write_json(work / _STATES, {})
+def keep_states(work: UPath, states: dict[str, State]) -> None:
+    """What the next run compares the containers with; of those that are not among them it compares all that is done."""
+    storage.write_json(work / _STATES, _named(states))
 
 
-def states_digest(archive: Archive) -> str:
+def states_digest(states: dict[str, State]) -> str:
     """First 16 hex digits of a SHA-256 over the states of the containers that were listed."""
-    states = {without_secrets(url): state for url, state in archive.states.items()}
-    return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_named(states), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _named(states: dict[str, State]) -> dict[str, State]:
+    """As they are written: a signed URL opens the archive to whoever knows it, and may be signed anew."""
+    return {without_secrets(url): state for url, state in states.items()}
 
 
 def _lie_in(column: pa.ChunkedArray, urls: list[str]) -> pa.ChunkedArray:

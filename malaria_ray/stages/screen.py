@@ -27,10 +27,11 @@ from upath import UPath
 
 import malaria_ray
 from malaria_ray.archives import open_archive
+from malaria_ray.archives.containers import State
 from malaria_ray.archives.datasets import DatasetArchive
 from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, try_again
 from malaria_ray.archives.patients import patient_rule
-from malaria_ray.archives.replaced import check_unchanged, forget_replaced, forget_states, states_digest
+from malaria_ray.archives.replaced import check_unchanged, forget_replaced, keep_states, states_digest
 from malaria_ray.cells.images import PREPROCESSING
 from malaria_ray.cells.synthetic import has_synthetic
 from malaria_ray.errors import ArchiveError, ConfigError, InvariantError, ModelError
@@ -208,7 +209,7 @@ def run(config: Config) -> None:
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
-        "containers_digest": states_digest(archive),
+        "containers_digest": states_digest(archive.states),
         "is_synthetic": has_synthetic(listing["image_id"]),
     }
     n_files = listing.num_rows
@@ -236,8 +237,9 @@ def run(config: Config) -> None:
         else:
             outputs.hold_finished(results, "screen", finished)
         if retried:
-            is_replaced = finished.get("containers_digest") != facts["containers_digest"]
-            _reopen(results, retried, listing, is_finished=claim is None, is_replaced=is_replaced)
+            is_same = finished.get("containers_digest") == facts["containers_digest"]
+            states = archive.states if is_same else {}
+            _reopen(results, retried, listing, is_finished=claim is None, states=states)
         work = outputs.work_of(results, "screen")
         check_same_listing(work, listing)
         forget_replaced(
@@ -570,10 +572,10 @@ def _to_retry(
 
 
 def _reopen(
-    results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool, is_replaced: bool
+    results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool, states: dict[str, State]
 ) -> None:
-    """Marks the rows of these files as not done, and opens finished results again. `is_replaced`: whether a container
-    is another than it was for the finished results.
+    """Marks the rows of these files as not done, and opens finished results again. `states`: of the containers that the
+    finished results tell of, as far as they are known.
 
     The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
     results are as they were; after it, the same command, or one without the flag, finishes them.
@@ -606,8 +608,7 @@ def _reopen(
             FROM quarantine JOIN listing USING (image_id) WHERE image_id NOT IN (SELECT image_id FROM retried)
         """).to_arrow_table()
     ledger.reopen(work, rows.select(SCORED.names).cast(SCORED))
-    if is_replaced:
-        forget_states(work)
+    keep_states(work, states)
     storage.remove(results / outputs.SUCCESS)
 
 

@@ -90,6 +90,10 @@ def reversed_in_place(path: Path) -> None:
     assert path.stat().st_size == was.st_size
 
 
+def stopped(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(("stage", "is_back"), [(screen, False), (screen, True), (ingest, False), (pack, True)])
 def test_what_was_read_at_wrong_places_is_read_again_and_nothing_else(
     stage: Any, is_back: bool, line: Line, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -124,11 +128,11 @@ def test_the_same_images_at_other_places_cost_no_work_that_is_done(
 ):
     results, score_all = tmp_path / "results", screen._score_all
 
-    def stopped(*arguments: Any) -> int:
+    def scored_and_stopped(*arguments: Any) -> int:
         score_all(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(screen, "_score_all", stopped)
+    monkeypatch.setattr(screen, "_score_all", scored_and_stopped)
     with pytest.raises(KeyboardInterrupt):
         screen.run(config_of(screen, shards, results, line))
     monkeypatch.setattr(screen, "_score_all", score_all)
@@ -165,7 +169,10 @@ def test_no_row_is_kept_of_a_file_that_only_its_change_tells_from_the_first(
     verify.run(verify.Config(directory=str(output)))
 
 
-def test_files_are_tried_again_in_an_archive_that_is_another_by_now(line: Line, shards: Path, tmp_path: Path):
+@pytest.mark.parametrize("was_opened", [False, True])
+def test_files_are_tried_again_in_an_archive_that_is_another_by_now(
+    was_opened: bool, line: Line, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Rows of the finished results that tell of other bytes are scored anew too."""
     files = {shard: read_tar(shards / f"{shard}.tar") for shard in "ab"}
     bad = next(iter(files["a"]))
@@ -173,10 +180,16 @@ def test_files_are_tried_again_in_an_archive_that_is_another_by_now(line: Line, 
     results = tmp_path / "results"
     screen.run(config_of(screen, shards, results, line))
     assert len(table_of(screen, results)) == 2 * N_EACH - 1
+    again = replace(config_of(screen, shards, results, line), retry_quarantined="all")
+    if was_opened:
+        with monkeypatch.context() as patch:
+            patch.setattr(screen, "check_same_listing", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                screen.run(again)
     names = list(files["b"])
     write_tar(shards / "a.tar", files["a"])
     write_tar(shards / "b.tar", files["b"] | {names[0]: files["b"][names[1]], names[1]: files["b"][names[0]]})
-    screen.run(replace(config_of(screen, shards, results, line), retry_quarantined="all"))
+    screen.run(again)
     screen.run(config_of(screen, shards, tmp_path / "anew", line))
     pd.testing.assert_frame_equal(table_of(screen, results), table_of(screen, tmp_path / "anew"))
     success = storage.read_json(storage.locate(str(results / "_SUCCESS.json")))
@@ -188,9 +201,6 @@ def test_files_are_tried_again_in_an_archive_that_is_another_by_now(line: Line, 
 def test_replaced_before_anything_was_read_the_work_goes_on(
     stage: Any, line: Line, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def stopped(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(stage, READERS[stage][0], stopped)
         with pytest.raises(KeyboardInterrupt):
