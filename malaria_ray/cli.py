@@ -135,9 +135,11 @@ class _Formatter(logging.Formatter):
 
 def _unexpected(error: BaseException) -> str:
     """An error that is not ours: Ray puts whole tracebacks into its messages, whose last line is what was raised."""
-    if isinstance(error, OSError) and error.filename and error.errno in _REFUSED:
-        what = f"{error.filename}: {error.strerror or 'refused'}"
-        return printable(f"{without_secrets(what)}; {_REFUSED[error.errno]}, or choose another place, then run again")
+    cause = getattr(error, "cause", error)  # in a worker: the error that Ray's wraps
+    if isinstance(cause, OSError) and cause.errno in _REFUSED:
+        where = f"{cause.filename}: " if cause.filename else ""  # Arrow names none
+        what = without_secrets(where) + os.strerror(cause.errno)
+        return printable(f"{what}; {_REFUSED[cause.errno]}, or choose another place, then run again")
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines:
         return f"{type(error).__name__}; --debug shows where"

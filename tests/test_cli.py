@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import samples
+from ray.exceptions import RayTaskError
 
 from malaria_ray import cli
 from malaria_ray.schema import TABLES, VIEWS, Reason
@@ -87,6 +88,10 @@ def test_where_nothing_may_be_written_it_is_said_without_an_exceptions_name(tmp_
 def test_what_the_system_refuses_is_told_with_what_to_do(code: int):
     said = cli._unexpected(OSError(code, os.strerror(code), "/data/out"))
     assert said.startswith(f"/data/out: {os.strerror(code)}; ")
+    assert said.endswith(", or choose another place, then run again")
+    of_a_worker = OSError(code, "Error writing bytes to file. Detail: [errno]")  # as Arrow raises it
+    said = cli._unexpected(RayTaskError("task", "Traceback", of_a_worker).as_instanceof_cause())
+    assert said.startswith(f"{os.strerror(code)}; ")
     assert said.endswith(", or choose another place, then run again")
 
 
