@@ -66,6 +66,7 @@ def write_results(
     has_images: bool = True,
     has_validation: bool = False,
     part_rows: int = 1_000_000,
+    split_by: str = "patient",
 ) -> Path:
     """A finished results directory over cells as `cells` gives them; `bad` are names in quarantine. The images are
     written to `archive`, by default a folder beside it; without images it is an archive that is gone. A column
@@ -115,7 +116,7 @@ def write_results(
     for number, first in enumerate(range(0, max(1, len(predictions)), part_rows)):
         name = f"predictions/{storage.part_name(number)}"
         files[name] = _write(path / name, PREDICTIONS, predictions.iloc[first : first + part_rows])
-    trained = {"model": model, "split_by": "patient", "epochs": 3, "seed": 42, "dataset": "dataset"}
+    trained = {"model": model, "split_by": split_by, "epochs": 3, "seed": 42, "dataset": "dataset"}
     storage.write_json(path / "model" / "config.json", {"stage": "train", "identity": {}, "config": trained})
     storage.write_json(path / "model" / "SUCCESS.json", {"image_size": 32, "best": {"epoch": 2.0}})
     names = ["config.json", "SUCCESS.json"]
@@ -144,6 +145,14 @@ def write_results(
         is_synthetic=is_synthetic,
     )
     return results
+
+
+def record(results: Path, name: str) -> None:
+    """Takes a file as it is now for the one that screening wrote."""
+    path = UPath(results)
+    success = storage.read_json(path / outputs.SUCCESS)
+    success["files"][name] = storage.record_of(path / name)
+    storage.write_json(path / outputs.SUCCESS, success)
 
 
 def _listing_of(of: pd.DataFrame, archive: Path) -> pa.Table:

@@ -76,7 +76,7 @@ def read_cells(listing: pa.Table, *, image_size: int) -> Cells:
             status[row], detail[row] = refusal.reason.value, refusal.detail
     bad = np.array([value != OK for value in status], bool)
     table = listing.select(["image_id", "label", "patient_id", "n_bytes"])
-    table = table.set_column(3, "n_bytes", pc.coalesce(table["n_bytes"], pa.array(sizes, pa.int64())))
+    table = table.set_column(3, "n_bytes", pc.coalesce(pa.array(sizes, pa.int64()), table["n_bytes"]))
     for name, column in (
         ("width", pa.array(width, mask=bad)),
         ("height", pa.array(height, mask=bad)),

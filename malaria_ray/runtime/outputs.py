@@ -268,6 +268,13 @@ def files_in(path: UPath, success: dict[str, Any], folder: str) -> list[tuple[UP
     return [(path / name, digest) for name, digest in sorted(digests_in(success, folder).items())]
 
 
+def check_written(path: UPath, success: dict[str, Any], *folders: str) -> None:
+    """Raises: `DirectoryError` where a file of these folders is not the one that the stage wrote."""
+    for folder in folders:
+        for file, digest in files_in(path, success, folder):
+            storage.content(file, digest)
+
+
 def files_added(path: UPath) -> dict[str, FileRecord]:
     """Records of the files that later stages (evaluate, report) added to a finished directory, of all that finished."""
     files: dict[str, FileRecord] = {}

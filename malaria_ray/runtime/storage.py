@@ -202,7 +202,7 @@ def read_table(path: UPath, columns: list[str] | None = None, *, sha256: str | N
         # By this thread alone: Arrow's let go of the bytes behind the call, and where the process ends just then they
         # abort it, status 134 (apache/arrow#34314).
         pq.read_table(
-            pa.BufferReader(_content(file, sha256)), columns=columns, use_threads=False, page_checksum_verification=True
+            pa.BufferReader(content(file, sha256)), columns=columns, use_threads=False, page_checksum_verification=True
         )
         for file in files
     ]
@@ -212,7 +212,8 @@ def read_table(path: UPath, columns: list[str] | None = None, *, sha256: str | N
     return concat(tables)
 
 
-def _content(file: UPath, sha256: str | None) -> bytes:
+def content(file: UPath, sha256: str | None) -> bytes:
+    """The bytes of a file. Raises: `DirectoryError` where their SHA-256 is another than `sha256`."""
     data = file.read_bytes()
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DirectoryError(

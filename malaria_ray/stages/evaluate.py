@@ -75,6 +75,7 @@ def run(config: Config) -> None:
         if marker.exists() and storage.read_json(marker)["identity"] == identity:
             log.info("%s is evaluated; nothing to do", results)
         else:
+            outputs.check_written(results, success, "predictions", "model")
             outputs.hold_finished(results, "screen", success)
             storage.remove(marker)
             known = connection.sql("SELECT image_id, split FROM cells").df()
@@ -94,6 +95,8 @@ def run(config: Config) -> None:
 
 def _compare(config: Config, ours: Results, theirs: Results) -> None:
     """Writes differences/ and prints it. Raises: `DatasetError` where no image of both has a label."""
+    for one in (theirs, ours):
+        outputs.check_written(one.path, one.success, "predictions", "model")
     with connect([theirs, ours]) as connection:
         check_labels(connection)
         pair = pair_of(connection, theirs, ours, n_resamples=config.n_resamples, seed=config.seed)
@@ -125,7 +128,7 @@ def _difference_rows(pair: Pair) -> pd.DataFrame:
 def _evaluate(config: Config, opened: Results, split: pd.Series) -> dict[str, storage.FileRecord]:
     """Writes the tables. `split`: of each image, by image_id (index)."""
     results, success = opened.path, opened.success
-    predictions = storage.read_table(results / "predictions").to_pandas()
+    predictions = storage.concat(storage.read_table(file) for file in opened.files("predictions")).to_pandas()
     predictions["split"] = predictions["image_id"].map(split)
     cells = predictions[~is_copy(predictions, "split")]
     threshold = float(success["threshold"])

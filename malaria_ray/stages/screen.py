@@ -235,6 +235,7 @@ def run(config: Config) -> None:
         if claim is not None:  # all that could refuse the work has had its say
             claim.begin()
         else:
+            outputs.check_written(results, finished, "predictions", "quarantine")  # they are published anew
             outputs.hold_finished(results, "screen", finished)
         if retried:
             is_same = finished.get("containers_digest") == facts["containers_digest"]

@@ -101,14 +101,19 @@ class Results:
     run: dict[str, Any]
 
     def files(self, view: str) -> list[UPath]:
-        """The Parquet files of a table; none where the command that writes it has not finished."""
+        """The Parquet files of a table that the command wrote, not what else lies there; none where it has not finished
+        or one of them is missing.
+        """
         _, place, command = _PLACES[view]
         if not self.has_finished(command):
             return []
-        file = self.path / place
-        if not place.endswith(".parquet"):
-            return storage.parts(file)
-        return [file] if file.exists() else []
+        ending = self.path / _ENDS_WITH[command] / outputs.SUCCESS if command in _ENDS_WITH else None
+        written = storage.read_json(ending) if ending else self.success
+        files = [self.path / name for name in sorted(written["files"]) if name.split("/")[0] == place or name == place]
+        if place.endswith(".parquet"):
+            return files if all(file.exists() for file in files) else []
+        present = {file.name for file in storage.parts(self.path / place)}
+        return files if all(file.name in present for file in files) else []
 
     def has_finished(self, command: str) -> bool:
         return command not in _ENDS_WITH or (self.path / _ENDS_WITH[command] / outputs.SUCCESS).exists()

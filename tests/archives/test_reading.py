@@ -269,6 +269,13 @@ def test_rows_out_of_order_are_read_all_the_same(tmp_path: Path) -> None:
     assert list(read_files(listing.take(order))) == [list(files.values())[i] for i in order]
 
 
+def test_the_size_of_a_file_that_grew_since_it_was_listed_is_that_of_what_was_read(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(samples.noise(1))
+    listing = list_archive(open_archive(str(tmp_path)))
+    (tmp_path / "a.png").write_bytes(larger := samples.noise(2) + bytes(100))
+    assert read_cells(listing, image_size=16).table["n_bytes"].to_pylist() == [len(larger)]
+
+
 def test_no_rows_are_no_cells(folder: Path) -> None:
     read = read_cells(list_archive(open_archive(str(folder))).slice(0, 0), image_size=16)
     assert read.table.num_rows == 0

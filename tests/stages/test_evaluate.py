@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from results import cells as cells_of
-from results import write_results
+from results import record, write_results
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
 from stages.conftest import Line, content
 
-from malaria_ray.errors import DatasetError, NotCompleteError
+from malaria_ray.errors import DatasetError, DirectoryError, NotCompleteError
 from malaria_ray.schema import DIFFERENCES, METRICS, PATIENTS, Call
 from malaria_ray.stages import evaluate, report, screen, verify
 from malaria_ray.stages.views import connect, open_results
@@ -73,6 +74,7 @@ def test_a_patients_label_is_that_of_all_its_cells_whatever_split_is_looked_at(t
     for screened in ("all", "test"):
         is_screened = [screened == "all" or split == "test" for split in of["split"]]
         pq.write_table(written.filter(is_screened), part)
+        record(results, f"predictions/{part.name}")
         (results / "metrics" / "_SUCCESS.json").unlink(missing_ok=True)
         evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
         patients = pq.read_table(results / "patients").to_pandas()
@@ -113,9 +115,7 @@ KNOWN = cells_of(240).assign(split=lambda cells: cells["split"].mask(cells.index
 def test_held_out_cells_of_patients_that_the_run_knows_are_told(
     of: pd.DataFrame, split_by: str, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    results = write_results(tmp_path / "results", of, has_images=False)
-    config = results / "model" / "config.json"
-    config.write_text(config.read_text().replace('"split_by": "patient"', f'"split_by": "{split_by}"'))
+    results = write_results(tmp_path / "results", of, has_images=False, split_by=split_by)
     evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
     report.run(report.Config(results=str(results)))
     told = capsys.readouterr().out, (results / "report" / "index.html").read_text(encoding="utf-8")
@@ -170,6 +170,23 @@ def test_results_to_compare_with_are_looked_for_before_anything_is_computed(tmp_
     with pytest.raises(NotCompleteError, match="elsewhere is not there"):
         evaluate.run(evaluate.Config(results=str(results), against=str(tmp_path / "elsewhere"), n_resamples=100))
     assert not (results / "metrics").exists()
+
+
+def test_what_is_not_as_screening_wrote_it_is_not_evaluated(tmp_path: Path):
+    results = write_results(tmp_path / "results", cells_of(240), has_images=False)
+    part = results / "predictions" / "part-00000.parquet"
+    written, table = part.read_bytes(), pq.read_table(part)
+    pq.write_table(table.set_column(table.column_names.index("score"), "score", [[0.5] * 240]), part)
+    with pytest.raises(DirectoryError, match=r"part-00000.parquet is not the file that was written \(its SHA-256"):
+        evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    part.write_bytes(written)
+    shutil.copy(part, results / "predictions" / "part-00001.parquet")
+    evaluate.run(evaluate.Config(results=str(results), n_resamples=100))
+    metrics = pq.read_table(results / "metrics").to_pandas()
+    n_test = (cells_of(240)["split"] == "test").sum()
+    assert set(metrics.query("split == 'test' and level == 'cell'")["n"]) == {n_test}, "no part that lies beside"
+    (answer,) = connect(open_results([str(results)])).sql("SELECT count(*) FROM predictions").fetchall()
+    assert answer == (240,)
 
 
 def test_a_second_run_changes_nothing_and_says_so(evaluated: Path, caplog: pytest.LogCaptureFixture):

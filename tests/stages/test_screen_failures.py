@@ -267,7 +267,7 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     if is_killed:  # just after the results became unfinished; the command without the flag finishes them
         path = storage.locate(str(results))
         retried = screen._to_retry(path, "unreadable", is_finished=True)
-        screen._reopen(path, retried, storage.read_table(path / "listing.parquet"), is_finished=True)
+        screen._reopen(path, retried, storage.read_table(path / "listing.parquet"), is_finished=True, states={})
         after = screen_of(with_a_hole, results, line.run)
     else:
         after = screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
@@ -311,6 +311,17 @@ def test_a_retry_of_results_that_another_process_made_anew_is_refused(
     with pytest.raises(DirectoryError, match="was finished or changed by another process meanwhile"):
         screen_of(with_a_hole, results, line.run, retry_quarantined="all")
     assert storage.read_json(marker)["run_id"] == "another"
+
+
+def test_a_retry_does_not_publish_what_screening_did_not_write(line: Line, with_a_hole: Path, tmp_path: Path):
+    results = tmp_path / "results"
+    screen_of(with_a_hole, results, line.run)
+    part = storage.locate(str(results / "predictions/part-00000.parquet"))
+    storage.write_table(part, storage.read_table(part).slice(1))
+    kept = content(results)
+    with pytest.raises(DirectoryError, match=r"part-00000.parquet is not the file that was written"):
+        screen_of(with_a_hole, results, line.run, retry_quarantined="all")
+    assert content(results) == kept
 
 
 def test_a_retry_that_is_refused_leaves_finished_results_as_they_were(line: Line, with_a_hole: Path, tmp_path: Path):
