@@ -34,7 +34,8 @@ class DatasetArchive:
     def places(self) -> Iterator[pa.Table]:
         parts = [part for part, _ in outputs.files_in(self.path, self.success, "crops")]
         self.states |= containers.states(parts)
-        manifest = storage.read_table(self.path / "manifest.parquet", columns=["image_id", "n_bytes"])
+        # By its digest, so that a dataset that was made anew since it was opened is found.
+        manifest = outputs.read_written(self.path, self.success, "manifest.parquet", ["image_id", "n_bytes"])
         tables = [_places(part) for part in parts]
         if not tables:
             return

@@ -66,7 +66,8 @@ class PackedArchive:
     def places(self) -> Iterator[pa.Table]:
         """From `listing.parquet`, whose containers are named from the directory: it may have been moved."""
         self.states |= containers.states(storage.parts(self.path / "images"))
-        listing = storage.read_table(self.path / "listing.parquet").drop_columns(["key"])
+        # By its digest, so that what was packed anew since it was opened is found.
+        listing = outputs.read_written(self.path, self.success, "listing.parquet").drop_columns(["key"])
         root = pa.scalar(storage.as_url(self.path).rstrip("/"))
         for batch in listing.to_batches(max_chunksize=_BATCH):
             places = pa.Table.from_batches([batch])

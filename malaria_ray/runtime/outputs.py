@@ -268,6 +268,11 @@ def files_in(path: UPath, success: dict[str, Any], folder: str) -> list[tuple[UP
     return [(path / name, digest) for name, digest in sorted(digests_in(success, folder).items())]
 
 
+def read_written(path: UPath, success: dict[str, Any], name: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file of a finished directory. Raises: `DirectoryError` where it is not the one that the stage wrote."""
+    return storage.read_table(path / name, columns, sha256=success["files"][name]["sha256"])
+
+
 def check_written(path: UPath, success: dict[str, Any], *folders: str) -> None:
     """Raises: `DirectoryError` where a file of these folders is not the one that the stage wrote."""
     for folder in folders:

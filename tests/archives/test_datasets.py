@@ -42,11 +42,11 @@ def dataset_at(url: str) -> str:
         "n_bytes": [1000 + i for i in range(N)],
     }
     rows = pa.table({field.name: known.get(field.name, pa.nulls(N, field.type)) for field in MANIFEST.arrow_schema()})
-    storage.write_table(path / "manifest.parquet", rows.take(np.random.default_rng([1]).permutation(N)))
+    rows = rows.take(np.random.default_rng([1]).permutation(N))
+    files = {"manifest.parquet": storage.write_table(path / "manifest.parquet", rows)}
     schema = crops_table(SIZE).arrow_schema()
     columns = {field.name: known.get(field.name, pa.nulls(N, field.type)) for field in schema}
     crops = pa.table(columns | {"image": crops_column(PIXELS)})
-    files = {}
     for part in range(N // PER_PART):
         piece = crops.slice(part * PER_PART, PER_PART).cast(schema)
         name = f"crops/{storage.part_name(part)}"
@@ -152,3 +152,11 @@ def test_a_part_that_cannot_be_read_costs_its_own_rows(
     only = read_cells(listing.slice(PER_PART), image_size=SIZE)
     assert only.pixels.shape == (0, SIZE, SIZE, 3)
     assert only.table.schema.equals(cells.table.schema)
+
+
+def test_a_dataset_that_was_made_anew_since_it_was_opened_is_not_listed(dataset: str) -> None:
+    archive = open_archive(dataset)
+    manifest = storage.locate(dataset) / "manifest.parquet"
+    storage.write_table(manifest, storage.read_table(manifest).slice(1))
+    with pytest.raises(DirectoryError, match=r"manifest.parquet is not the file that was written"):
+        list_archive(archive)

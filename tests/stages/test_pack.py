@@ -45,6 +45,14 @@ def test_packed_archive_gives_the_same_scores(line: Line, tmp_path: Path):
     verify.run(verify.Config(directory=str(tmp_path / "packed")))
 
 
+def test_what_was_packed_anew_since_it_was_opened_is_not_listed(line: Line, folder: Path, tmp_path: Path):
+    pack_of(line.archive, tmp_path / "packed")
+    archive = open_archive(str(tmp_path / "packed"))
+    pack_of(folder, tmp_path / "packed", overwrite=True)
+    with pytest.raises(DirectoryError, match=r"listing.parquet is not the file that was written"):
+        list_archive(archive)
+
+
 def test_every_file_is_one_row_also_what_cannot_be_read(folder: Path, tmp_path: Path):
     packed = pack_of(folder, tmp_path / "packed")
     assert len(packed) == 43
