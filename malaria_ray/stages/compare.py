@@ -37,7 +37,7 @@ class Config:
     seed: int = 42
     """Seed of the bootstrap."""
     figure: str | None = None
-    """Of runs: file or URL to write their figure to, by default comparison.png."""
+    """Of runs: file or URL to write their curves to, as PNG."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -61,9 +61,13 @@ def run(config: Config) -> None:
             raise ConfigError(
                 f"--report {config.report}: runs have no page; leave it out (--figure is theirs) or give results alone"
             )
-        figure = storage.locate(config.figure or "comparison.png")
-        storage.write_bytes(figure, compare_runs(config.results, n_resamples=config.n_resamples, seed=config.seed))
-        log.info("figure: %s", figure)
+        figure = compare_runs(config.results, n_resamples=config.n_resamples, seed=config.seed)
+        if config.figure is not None:
+            storage.write_bytes(storage.locate(config.figure), figure)
+            log.info("figure: %s", config.figure)
+        else:
+            console().print("--figure FILE.png writes their curves")
+        console().print(RESEARCH_ONLY)
         return
     if config.figure is not None:
         raise ConfigError(

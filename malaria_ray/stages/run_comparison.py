@@ -14,7 +14,7 @@ from upath import UPath
 from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, folded, number, printable
-from malaria_ray.schema import RESEARCH_ONLY, Label
+from malaria_ray.schema import Label
 from malaria_ray.stages.pictures import runs_figure
 from malaria_ray.stages.views import check_cells, connect, open_results
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
@@ -52,7 +52,6 @@ def compare_runs(urls: Sequence[str], *, n_resamples: int, seed: int) -> bytes:
     curves = {run.name: run.history for run in runs}
     tests = {run.name: run.test for run in [*runs, *pooled(runs)] if run.test is not None}
     scores = {name: test for name, test in tests.items() if test["label"].nunique() == len(Label)}
-    out.print(RESEARCH_ONLY)
     return runs_figure(curves, scores)
 
 

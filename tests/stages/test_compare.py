@@ -242,7 +242,7 @@ def test_the_page_of_hostile_names_without_labels_is_text(tmp_path: Path):
     assert len(page.all("script")) == 1
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "No shared image has a label" in page.text
-    assert "<b>a\\u202e<b> against it's [b]" in page.text
+    assert "<b>a\\u202e<b> and it's [b]" in page.text
     for letter in ("\u202e", "\x1b"):
         assert letter not in html
 

@@ -33,10 +33,16 @@ def test_runs_are_told_side_by_side_with_the_test_data_of_their_results(
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_without_results_have_no_test_table(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_runs_without_results_have_no_test_table_and_without_figure_nothing_is_written(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     again = shutil.copytree(line.run, tmp_path / "again")
-    compare.run(compare.Config(results=(str(line.run), str(again)), figure=str(tmp_path / "comparison.png")))
-    assert "Test split" not in capsys.readouterr().out
+    compare.run(compare.Config(results=(str(line.run), str(again))))
+    printed = capsys.readouterr().out
+    assert "Test split" not in printed
+    assert "--figure FILE.png writes their curves" in printed
+    assert list(tmp_path.iterdir()) == [again]
 
 
 def test_folds_of_one_cross_validation_are_pooled(line: Line, tmp_path: Path):
