@@ -39,6 +39,7 @@ STAGE_HELPERS = {
     "ledger",
     "pages",
     "pictures",
+    "publishing",
     "refusals",
     "run_comparison",
     "scorers",

@@ -28,7 +28,7 @@ from stages.test_screen import predictions_of, screen_of
 
 from malaria_ray.errors import ArchiveError, ConfigError, DirectoryError, TooManyBadImagesError
 from malaria_ray.runtime import outputs, storage
-from malaria_ray.stages import ledger, report, screen, verify
+from malaria_ray.stages import ledger, publishing, report, screen, verify
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +267,8 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
     (tmp_path / "away.png").rename(tmp_path / "nowhere.png")
     if is_killed:  # just after the results became unfinished; the command without the flag finishes them
         path = storage.locate(str(results))
-        retried = screen._to_retry(path, "unreadable", is_finished=True)
-        screen._reopen(path, retried, storage.read_table(path / "listing.parquet"), is_finished=True, states={})
+        retried = publishing.to_retry(path, "unreadable", is_finished=True)
+        publishing.reopen(path, retried, storage.read_table(path / "listing.parquet"), is_finished=True, states={})
         after = screen_of(with_a_hole, results, line.run)
     else:
         after = screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
