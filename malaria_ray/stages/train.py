@@ -33,7 +33,7 @@ from malaria_ray.cells.splits import SplitBy, assign_splits
 from malaria_ray.cells.synthetic import has_synthetic
 from malaria_ray.errors import ConfigError, DatasetError, MalariaRayError, TrainingError
 from malaria_ray.models import MIN_VGG19_SIZE, RECIPES, ModelName, Precision
-from malaria_ray.models.engines import Scores
+from malaria_ray.models.engines import Scores, read_run_file
 from malaria_ray.models.export import export
 from malaria_ray.models.features import FLIPS, feature_parts, read_features
 from malaria_ray.models.training import Examples, TrainingPlan, train_worker
@@ -174,9 +174,9 @@ def run(config: Config) -> None:
         "seed": config.seed,
         "fold": f"{config.fold} of {config.folds}" if config.folds else None,
     }
-    weights, weights_digest, initial_run = None, None, None
+    weights, weights_digest, initial_run, initial_model = None, None, None, None
     if config.init_from is not None:
-        initial_run, weights_digest = _check_initial_run(config.init_from, same_split)
+        initial_run, weights_digest, initial_model = _initial_run(config.init_from, same_split)
     elif recipe.needs_weights:
         weights = load_weights(config.weights or "imagenet")
         weights_digest = weights.sha256
@@ -266,9 +266,7 @@ def run(config: Config) -> None:
             train=_examples(cells, splits == Split.train, inputs, n_views=n_views),
             val=_examples(cells, is_val, inputs[: len(pixels)]),
             weights=ray.put(weights.content) if weights else None,
-            initial_model=None
-            if config.init_from is None
-            else _put_file(storage.locate(config.init_from) / "model.keras"),
+            initial_model=ray.put(initial_model) if initial_model else None,
             news=_queue(),
             faults=_queue(),
             tensorboard=storage.as_url(path / "tensorboard"),
@@ -393,9 +391,9 @@ def _check_resources(num_workers: int, cpus: int, gpus: int) -> None:
     )
 
 
-def _check_initial_run(url: str, same_split: dict[str, Any]) -> tuple[str, str]:
-    """(run id of `--init-from`, SHA-256 of its VGG-19 weights). Raises: `ConfigError` where its training saw what this
-    one must not.
+def _initial_run(url: str, same_split: dict[str, Any]) -> tuple[str, str, bytes]:
+    """(run id of `--init-from`, SHA-256 of its VGG-19 weights, its Keras model). Raises: `ConfigError` where its
+    training saw what this one must not; `ModelError` where the model is not the one that it wrote.
 
     A head that was trained on another split knows patients of this one's test split.
     """
@@ -413,11 +411,8 @@ def _check_initial_run(url: str, same_split: dict[str, Any]) -> tuple[str, str]:
                 f"know test "
                 "images; train vgg19-frozen on the same dataset, --split-by and --seed"
             )
-    return str(success["run_id"]), str(was["weights"])
-
-
-def _put_file(path: UPath) -> Any:
-    return ray.put(path.read_bytes())
+    model = read_run_file(path / "model.keras", sha256=success["files"]["model.keras"]["sha256"])
+    return str(success["run_id"]), str(was["weights"]), model
 
 
 def _load(read: Callable[..., Any], parts: list[tuple[Any, ...]]) -> list[Any]:

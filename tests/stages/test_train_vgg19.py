@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import keras
@@ -13,7 +14,7 @@ from stages.test_screen import screen_of
 from stages.test_train import train_of
 
 from malaria_ray.cells.crops import crop_pixels
-from malaria_ray.errors import ConfigError
+from malaria_ray.errors import ConfigError, ModelError
 from malaria_ray.models.features import FLIPS, flipped, read_features
 from malaria_ray.models.vgg19 import build_backbone
 from malaria_ray.runtime import storage
@@ -91,6 +92,11 @@ def test_fine_tuning_starts_from_the_frozen_head_and_leaves_blocks_1_to_3(line: 
     flags = {"model": "vgg19-finetuned", "init_from": str(frozen)}
     with pytest.raises(ConfigError, match="was trained with seed 42, this run has 43"):
         train_of(line.dataset, tmp_path / "other", seed=43, **flags)
+    replaced = shutil.copytree(frozen, tmp_path / "replaced")
+    shutil.copy(line.run / "model.keras", replaced)
+    with pytest.raises(ModelError, match=r"model.keras is not the file that training wrote"):
+        train_of(line.dataset, tmp_path / "other", **flags | {"init_from": str(replaced)})
+    assert not (tmp_path / "other").exists()
     train_of(line.dataset, tmp_path / "run", epochs=1, learning_rate=1e-6, **flags)
     identities = [
         storage.read_json(storage.locate(run / "config.json"))["identity"] for run in (frozen, tmp_path / "run")
