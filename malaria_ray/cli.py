@@ -53,6 +53,7 @@ _REFUSED = {  # by the system, to whoever may not write there
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
 }
+_CLIENTS = ("botocore", "aiobotocore", "gcsfs", "google", "aiohttp")  # of object stores and the web
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,13 +138,18 @@ def _unexpected(error: BaseException) -> str:
     """An error that is not ours: Ray puts whole tracebacks into its messages, whose last line is what was raised."""
     cause = getattr(error, "cause", error)  # in a worker: the error that Ray's wraps
     if isinstance(cause, OSError) and cause.errno in _REFUSED:
-        where = f"{cause.filename}: " if cause.filename else ""  # Arrow names none
+        where = f"{cause.filename}: " if cause.filename and "\n" not in str(cause.filename) else ""  # a text of Ray's
         what = without_secrets(where) + os.strerror(cause.errno)
         return printable(f"{what}; {_REFUSED[cause.errno]}, or choose another place, then run again")
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines:
         return f"{type(error).__name__}; --debug shows where"
     said = without_secrets(" ".join(lines[-1].split()))[:400]
+    if any(type(one).__module__.partition(".")[0] in _CLIENTS for one in (cause, cause.__cause__)):
+        return printable(
+            f"{said}; check the URLs that were given, your credentials and whether the server answers, then run again "
+            "(--debug shows where)"
+        )
     return printable(f"{type(error).__name__}: {said}; --debug shows where")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import samples
+from botocore.exceptions import ClientError, NoCredentialsError
 from ray.exceptions import RayTaskError
 
 from malaria_ray import cli
@@ -92,7 +93,19 @@ def test_what_the_system_refuses_is_told_with_what_to_do(code: int):
     of_a_worker = OSError(code, "Error writing bytes to file. Detail: [errno]")  # as Arrow raises it
     said = cli._unexpected(RayTaskError("task", "Traceback", of_a_worker).as_instanceof_cause())
     assert said.startswith(f"{os.strerror(code)}; ")
+    said = cli._unexpected(OSError(code, "", "Failed to apply UDF transform.\nTo change"))  # as Ray Data words it
+    assert said.startswith(f"{os.strerror(code)}; ")
     assert said.endswith(", or choose another place, then run again")
+
+
+def test_what_a_client_of_storage_raises_is_told_with_what_to_do():
+    of_the_client = NoCredentialsError()
+    said = cli._unexpected(of_the_client)
+    assert said.startswith("Unable to locate credentials; check the URLs that were given, your credentials and ")
+    translated = FileNotFoundError("The specified bucket does not exist")  # as s3fs raises it
+    translated.__cause__ = ClientError({"Error": {"Code": "NoSuchBucket"}}, "PutObject")
+    assert cli._unexpected(translated).startswith("The specified bucket does not exist; check the URLs ")
+    assert cli._unexpected(FileNotFoundError("x")) == "FileNotFoundError: x; --debug shows where"
 
 
 @pytest.mark.parametrize("job", sorted(Path("jobs").glob("*.py")), ids=lambda job: job.stem)

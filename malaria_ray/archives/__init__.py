@@ -55,16 +55,16 @@ def open_archive(url: str) -> Archive:
     if url == "nih":
         return nih_archive()
     path = storage.locate(url)
-    name = containers.name_of(path)
-    if not (path.is_dir() if storage.is_local(path) else url.endswith("/")):
-        for ending, kind in ((".zip", ZipArchive), (".tar", TarArchive), (".parquet", ParquetArchive)):
-            if name.lower().endswith(ending):
-                return kind(path)
-        if name.lower().endswith(COMPRESSED):
-            raise ArchiveError(
-                f"{url} is compressed as a whole: no part of it can be read without all before; unpack it to a folder "
-                "or a plain .tar (images are compressed already)"
-            )
+    name = containers.name_of(path).lower()
+    kinds = {".zip": ZipArchive, ".tar": TarArchive, ".parquet": ParquetArchive, **dict.fromkeys(COMPRESSED)}
+    ending = next((ending for ending in kinds if name.endswith(ending)), None)
+    if ending and not _is_folder(path, url):
+        if kind := kinds[ending]:
+            return kind(path)
+        raise ArchiveError(
+            f"{url} is compressed as a whole: no part of it can be read without all before; unpack it to a folder "
+            "or a plain .tar (images are compressed already)"
+        )
     try:
         is_there, is_folder = path.exists(), path.is_dir()
     except Exception as error:  # object stores' clients raise kinds of their own, botocore's NoCredentialsError say
@@ -82,3 +82,15 @@ def open_archive(url: str) -> Archive:
     if stage not in stages:
         raise ArchiveError(f"{url} was made by 'malaria-ray {stage}' and its pictures are no cells; {_ALLOWED}")
     return stages[stage](path)
+
+
+def _is_folder(path: UPath, url: str) -> bool:
+    """Whether a folder has a name like a file's. On the web a slash tells: looking would read the file."""
+    if storage.is_local(path):
+        return path.is_dir()
+    if url.endswith("/") or path.protocol in ("http", "https"):
+        return url.endswith("/")
+    try:
+        return bool(path.fs.info(path.path)["type"] == "directory")
+    except Exception:  # what cannot be looked at is told of by whoever reads it
+        return False

@@ -88,8 +88,10 @@ def listed(path: UPath, places: Callable[[], Iterator[pa.Table]], states: dict[s
 
 
 def name_of(path: UPath) -> str:
-    """Name of the file. A signed URL has more behind it, which is a secret."""
-    return path.name if storage.is_local(path) else path.name.partition("?")[0]
+    """Name of the file. A signed URL has more behind it, which is a secret; one of S3 may have a version."""
+    if storage.is_local(path):
+        return path.name
+    return path.name.partition("?" if path.protocol in ("http", "https") else storage.VERSION)[0]
 
 
 def n_bytes(path: UPath) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def try_again(work: UPath, retried: pa.ChunkedArray, *, was: pa.Table, now: pa.T
         names = storage.read_table(work / earlier)["image_id"]
         retried = pa.chunked_array([pc.unique(pa.chunked_array([*names.chunks, *retried.chunks]))])
     kept = _facts(was, retried)
-    _check_same(kept, _facts(now, retried))
+    _check_same(kept, _facts(now, retried), lambda: _first_difference(was, now, retried))
     name = f"retried-{secrets.token_hex(8)}.parquet"  # a new one, so that the old notes hold until they are replaced
     storage.write_table(work / name, pa.table({"image_id": retried}))
     storage.write_json(work / _KEPT, {**kept, "retried": name})
@@ -116,13 +116,29 @@ def _facts(listing: pa.Table, retried: pa.ChunkedArray | None = None) -> dict[st
     return {"n_files": listing.num_rows, "digest": listing_digest(listing), **content}
 
 
-def _check_same(was: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(was: dict[str, Any], now: dict[str, Any], first: Callable[[], str] = lambda: "or others") -> None:
     if any(was[name] != value for name, value in now.items() if name in was):
         raise ArchiveError(
             f"the archive changed since the output was begun: {was['n_files']:,} files then, {now['n_files']:,} now, "
-            f"or others; "
-            "--overwrite begins again"
+            f"{first()}; --overwrite begins again"
         )
+
+
+def _first_difference(was: pa.Table, now: pa.Table, retried: pa.ChunkedArray) -> str:
+    """What is different, by the name of one file."""
+    for one, other, what in ((was, now, "gone"), (now, was, "new")):
+        is_missing = pc.invert(pc.is_in(one["image_id"], value_set=other["image_id"].combine_chunks()))
+        if pc.any(is_missing).as_py():
+            return f"{one['image_id'].filter(is_missing)[0].as_py()!r} is {what}"
+    before, after = (
+        table.filter(pc.invert(pc.is_in(table["image_id"], value_set=retried.combine_chunks())))
+        .select(["image_id", "n_bytes", "label", "patient_id"])
+        .to_pandas()
+        .set_index("image_id")
+        for table in (was, now)
+    )
+    others = before.compare(after.loc[before.index]).index
+    return f"{others[0]!r} has another size, label or patient" if len(others) else "or others"
 
 
 def _digest(listing: pa.Table, columns: tuple[str, ...]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,6 +157,11 @@ def _refused_unread(row: dict[str, Any]) -> ReadError | None:
     method = row["method"]
     if method == "encrypted":
         return ReadError(Reason.ENCRYPTED, "the archive member is encrypted")
+    if method == "file" and storage.VERSION in row["image_id"] and row["container"].startswith(("s3:", "s3a:")):
+        return ReadError(
+            Reason.UNREADABLE,
+            f"the client of S3 takes {storage.VERSION} in a key for a version; copy it to another key",
+        )
     if method in ("file", "stored", "deflate", "tar", "parquet"):
         if (largest := max(row["n_bytes"] or 0, row["packed_bytes"] or 0)) > MAX_FILE_BYTES:
             return ReadError(Reason.TOO_LARGE, f"{largest:,} bytes; at most {MAX_FILE_BYTES:,} are read")
@@ -172,13 +179,28 @@ def _load_files(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:
         return
     root = storage.locate(rows[0]["container"])
     prefix = root.path.rstrip("/") + "/"
-    n = len(rows)
+    paths = [prefix + storage.address_of(row["image_id"], root) for row in rows]
+    special = {path for path in paths if storage.is_local(root) and _is_special(path)}
+    rows = [row for row, path in zip(rows, paths, strict=True) if path not in special]
     sizes = [0 if storage.is_local(root) else row["n_bytes"] or 0 for row in rows]
     starts = [0 if size else None for size in sizes]  # "from 0" spares s3fs a request for the size of each
-    for data in _fetch(
-        root.fs, [prefix + storage.address_of(row["image_id"], root) for row in rows], starts, [None] * n, sizes
-    ):
+    read = [path for path in paths if path not in special]
+    fetched = iter(_fetch(root.fs, read, starts, [None] * len(read), sizes))
+    for path in paths:
+        if path in special:
+            yield ReadError(Reason.UNREADABLE, "no regular file any more")
+            continue
+        data = next(fetched)
         yield data if isinstance(data, bytes) else containers.unreadable(data)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a local path is a pipe, socket or device by now, of which reading might never end."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return False  # reading says why
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _load_members(rows: list[dict[str, Any]]) -> Iterator[bytes | ReadError]:

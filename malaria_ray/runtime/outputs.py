@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ from malaria_ray.schema import PROVENANCE
 
 SUCCESS = "_SUCCESS.json"
 WORK = "_work"
-_CHANGED = "{} was finished or changed by another process meanwhile; run again to go on from there"
+_CHANGED = "{} was finished or changed by another process meanwhile; run again"
 _CONFIG_FILE = {
     "ingest": "config.json",
     "pack": "config.json",
@@ -109,6 +110,13 @@ def hold_finished(path: UPath, stage: str, success: dict[str, Any]) -> None:
     Raises: `DirectoryError` where another process writes the directory, or made it anew since.
     """
     hold(path)
+    check_same(path, stage, success)
+
+
+def check_same(path: UPath, stage: str, success: dict[str, Any]) -> None:
+    """Raises: `DirectoryError` where a finished directory was made anew or opened again since `success`, its
+    `_SUCCESS.json`, was read. To be asked behind the last read, before anything is told of what was read.
+    """
     if check_complete(path, stage) != success:
         raise DirectoryError(_CHANGED.format(path))
 
@@ -146,6 +154,8 @@ def claim(
             f"{path} has {' '.join(sorted(letters))} in its name, which clients of object stores take for a "
             "pattern of other names; choose a name without"
         )
+    if storage.is_local(path):
+        _check_place(path)
     identity = without_secrets_in(json.loads(json.dumps(identity, default=str)))
     seen = found, is_finished = (None, False) if overwrite else _state(path, stage)
     work = Claim(path, stage, config, identity, is_emptied=overwrite, is_written=True, seen=seen)
@@ -273,6 +283,12 @@ def read_written(path: UPath, success: dict[str, Any], name: str, columns: list[
     return storage.read_table(path / name, columns, sha256=success["files"][name]["sha256"])
 
 
+def read_folder(path: UPath, success: dict[str, Any], folder: str, columns: list[str] | None = None) -> pa.Table:
+    """All parts that the stage wrote into a folder. Raises: as `read_written`."""
+    files = files_in(path, success, folder)
+    return storage.concat(storage.read_table(file, columns, sha256=digest) for file, digest in files)
+
+
 def check_written(path: UPath, success: dict[str, Any], *folders: str) -> None:
     """Raises: `DirectoryError` where a file of these folders is not the one that the stage wrote."""
     for folder in folders:
@@ -349,6 +365,16 @@ def _is_somebodys(path: UPath) -> bool:
     if not path.exists() or not path.is_dir():
         return path.exists()
     return any(child.name != lease.FILE and not storage.is_draft(child.name) for child in path.iterdir())
+
+
+def _check_place(path: UPath) -> None:
+    """Raises: `DirectoryError` where no directory can be at a local path, as it or what it lies in is a file."""
+    for place in (Path(path.path), *Path(path.path).parents):
+        if place.is_dir():
+            return
+        if place.is_symlink() or place.exists():
+            what = "a file" if place.exists() else "a link to nothing"
+            raise DirectoryError(f"{place} is {what} and no directory; choose another place for the output")
 
 
 def _check_is_ours(path: UPath, stage: str) -> None:

@@ -26,6 +26,9 @@ from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime.redaction import hides_a_secret
 from malaria_ray.schema import REPEATED_COLUMNS
 
+VERSION = "?versionId="
+"""Behind a key of S3, the version that is meant. Its client takes it for that in whatever key it stands."""
+
 
 class FileRecord(TypedDict):
     """What `_SUCCESS.json` keeps of one file: enough to prove later that it is the one that was written."""
@@ -56,6 +59,8 @@ def locate(url: str | UPath) -> UPath:
             f"{url}: {error}; allowed are local paths and fsspec URLs whose client is installed "
             "(pip install 'malaria-ray[s3]' for s3://, 'malaria-ray[gcs]' for gs://)"
         ) from error
+    if path.protocol in ("s3", "s3a", "gs", "gcs") and not path.path.strip("/"):
+        raise ConfigError(f"{url} names no bucket; give it as {path.protocol}://BUCKET/NAME")
     path.fs.dircache.use_listings_cache = False  # else a folder once listed never shows what other processes write
     return _plain(path.absolute()) if is_local(path) else path
 
@@ -122,6 +127,9 @@ def write_bytes(path: UPath, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(target)
+    except OSError as error:  # that a disk is full is said of no file
+        error.filename = error.filename or str(target)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -213,8 +221,15 @@ def read_table(path: UPath, columns: list[str] | None = None, *, sha256: str | N
 
 
 def content(file: UPath, sha256: str | None) -> bytes:
-    """The bytes of a file. Raises: `DirectoryError` where their SHA-256 is another than `sha256`."""
-    data = file.read_bytes()
+    """The bytes of a file. Raises: `DirectoryError` where it has not the SHA-256 `sha256`, or is gone."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        if sha256 is None:
+            raise
+        raise DirectoryError(
+            f"{file} is gone: its directory is being made anew, or lost it; run again when it is finished"
+        ) from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DirectoryError(
             f"{file} is not the file that was written (its SHA-256 differs): restore it, or make its directory anew "

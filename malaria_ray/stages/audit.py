@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -23,7 +22,7 @@ from malaria_ray.errors import ConfigError, DatasetError
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, number, printable
 from malaria_ray.schema import AUDIT_METRICS, LABEL_AUDIT, RESEARCH_ONLY, Label
-from malaria_ray.stages.views import Results, check_cells, connect, open_results
+from malaria_ray.stages.views import Results, check_cells, open_results, reading
 from malaria_ray.statistics.audit import label_audit, likely_wrong, mean_score, metrics_with_and_without
 
 log = logging.getLogger("malaria_ray")
@@ -80,8 +79,9 @@ def run(config: Config) -> None:
     if claim is None:
         log.info("%s is finished; nothing to do", path)
     else:
-        with connect(opened) as connection:
-            _audit(connection, opened, claim, started)
+        with reading(opened) as connection:
+            found = connection.sql(_OUT_OF_FOLD).df()
+        _audit(found, opened, claim, started)
     _print_report(path, outputs.check_complete(path, "audit"))
 
 
@@ -93,17 +93,14 @@ def _records(one: Results) -> dict[str, str]:
     }
 
 
-def _audit(
-    connection: duckdb.DuckDBPyConnection, opened: Sequence[Results], claim: outputs.Claim, started: float
-) -> None:
-    found = connection.sql(_OUT_OF_FOLD).df()
+def _audit(found: pd.DataFrame, opened: Sequence[Results], claim: outputs.Claim, started: float) -> None:
     _check(found)
     images = found.groupby("image_id").agg(
         label=("label", "first"), patient_id=("patient_id", "first"), content_digest=("content_digest", "first")
     )
     by_results = found.pivot(index="image_id", columns="results", values="score").loc[images.index]
     label = images["label"].to_numpy(np.int64)
-    scores = {name: by_results[name].to_numpy(np.float32) for name in by_results}
+    scores = {str(name): by_results[name].to_numpy(np.float32) for name in by_results}
     _, mean = mean_score(label, scores)
     is_doubted = likely_wrong(label, scores)
     table = label_audit(images.index, label, scores, patient_id=images["patient_id"])

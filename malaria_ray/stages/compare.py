@@ -14,7 +14,7 @@ from malaria_ray.runtime.terminal import console
 from malaria_ray.schema import RESEARCH_ONLY
 from malaria_ray.stages.comparison import Pair, check_labels, metrics_table, page, pair_of
 from malaria_ray.stages.run_comparison import compare_runs
-from malaria_ray.stages.views import check_cells, connect, open_results
+from malaria_ray.stages.views import check_cells, open_results, reading
 
 log = logging.getLogger("malaria_ray")
 
@@ -77,16 +77,18 @@ def run(config: Config) -> None:
         raise ConfigError(f"--report {config.report} is a directory; give the page's file, as PAGE.html")
     first, *others = opened = open_results(config.results)
     check_cells(opened)
-    connection = connect(opened)
-    check_labels(connection)
-    pairs = []
-    for other in others:
-        pairs.append(pair_of(connection, first, other, n_resamples=config.n_resamples, seed=config.seed))
-        _print_pair(pairs[-1])
-    if config.report is not None:
+    thumbnails = _THUMBNAILS if config.thumbnails is None else config.thumbnails
+    with reading(opened) as connection:
+        check_labels(connection)
+        pairs = [
+            pair_of(connection, first, other, n_resamples=config.n_resamples, seed=config.seed) for other in others
+        ]
+        html = page(connection, pairs, thumbnails=thumbnails) if config.report is not None else None
+    for pair in pairs:
+        _print_pair(pair)
+    if config.report is not None and html is not None:
         target = storage.locate(config.report)
-        thumbnails = _THUMBNAILS if config.thumbnails is None else config.thumbnails
-        storage.write_bytes(target, page(connection, pairs, thumbnails=thumbnails).encode())
+        storage.write_bytes(target, html.encode())
         console().print(f"{target}  open it in a browser", soft_wrap=True)
     else:
         console().print("--report FILE.html writes this as a page, with the curves and pictures")

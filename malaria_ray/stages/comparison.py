@@ -22,7 +22,7 @@ from malaria_ray.stages.charts import Axis, Series, histogram, line_chart
 from malaria_ray.stages.figures import Figure
 from malaria_ray.stages.galleries import Gallery, pictures
 from malaria_ray.stages.pages import render, short
-from malaria_ray.stages.views import Results, connect, known_patients_said
+from malaria_ray.stages.views import Results, known_patients_said, reading
 from malaria_ray.statistics.intervals import paired_bootstrap_over_patients
 from malaria_ray.statistics.metrics import COUNTS, calibration_curve, cell_metrics, roc_curve
 
@@ -397,7 +397,8 @@ def _pictures(results: Sequence[Results], galleries: list[Gallery]) -> tuple[dic
     missing: dict[str, str] = {}
     for one in results:
         size = storage.read_json(one.path / "model" / "SUCCESS.json")["image_size"]
-        images, missing = pictures(connect([one]), galleries, image_size=size)
+        with reading([one]) as connection:
+            images, missing = pictures(connection, galleries, image_size=size)
         if images:
             break
     return images, missing

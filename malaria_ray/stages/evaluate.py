@@ -23,7 +23,7 @@ from malaria_ray.runtime.seeds import check_seed
 from malaria_ray.runtime.terminal import console, number
 from malaria_ray.schema import CURVES, DIFFERENCES, METRICS, PATIENTS, RESEARCH_ONLY, REVIEW, Call, Label, Split, Table
 from malaria_ray.stages.comparison import Pair, check_labels, metrics_table, pair_of
-from malaria_ray.stages.views import Results, check_cells, connect, copies_line, known_patients_line, open_results
+from malaria_ray.stages.views import Results, check_cells, copies_line, known_patients_line, open_results, reading
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import calibration_curve, cell_metrics, precision_recall_curve, roc_curve
 from malaria_ray.statistics.patients import call_metrics, patient_counts, patient_metrics
@@ -71,7 +71,7 @@ def run(config: Config) -> None:
         "seed": config.seed,
         "code_digest": code_digest(),
     }
-    with connect([opened]) as connection:
+    with reading([opened]) as connection:
         if marker.exists() and storage.read_json(marker)["identity"] == identity:
             log.info("%s is evaluated; nothing to do", results)
         else:
@@ -97,7 +97,7 @@ def _compare(config: Config, ours: Results, theirs: Results) -> None:
     """Writes differences/ and prints it. Raises: `DatasetError` where no image of both has a label."""
     for one in (theirs, ours):
         outputs.check_written(one.path, one.success, "predictions", "model")
-    with connect([theirs, ours]) as connection:
+    with reading([theirs, ours]) as connection:
         check_labels(connection)
         pair = pair_of(connection, theirs, ours, n_resamples=config.n_resamples, seed=config.seed)
     if pair.metrics is None:

@@ -36,7 +36,7 @@ def explain(results: UPath, image_ids: Sequence[str], *, model: str | None = Non
 
     Raises: `ConfigError` for ids without a score or another run, `ModelError`, `ArchiveError`, `NotCompleteError`.
     """
-    outputs.check_complete(results, "screen")
+    success = outputs.check_complete(results, "screen")
     described = outputs.read_config(results, "screen")
     run = storage.locate(model or described["config"]["model"])
     if not run.exists():
@@ -51,16 +51,14 @@ def explain(results: UPath, image_ids: Sequence[str], *, model: str | None = Non
     if not file.exists() or storage.record_of(file) != trained["files"]["model.keras"]:
         raise ModelError(f"{file} is missing or not the file that training wrote; restore it or train anew")
     columns = ["image_id", "score", "predicted_label", "content_digest"]
-    scored = storage.concat(
-        [storage.read_table(part, columns=columns) for part in storage.parts(results / "predictions")]
-    )
+    scored = outputs.read_folder(results, success, "predictions", columns)
     cells = scored.filter(pc.is_in(scored["image_id"], value_set=pa.array(image_ids, pa.string())))
     if unknown := sorted(set(image_ids) - set(cells["image_id"].to_pylist())):
         some = ", ".join(repr(name) for name in scored["image_id"][:3].to_pylist())
         raise ConfigError(
             f"{results} has no score of {unknown[0]!r} ({len(unknown)} unknown); its ids look like {some}"
         )
-    listing = storage.read_table(results / "listing.parquet")
+    listing = outputs.read_written(results, success, "listing.parquet")
     listing = listing.filter(pc.is_in(listing["image_id"], value_set=cells["image_id"].combine_chunks()))
     image_size = int(outputs.read_config(run, "train")["identity"]["image_size"])
     with ray_session():

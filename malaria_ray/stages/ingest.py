@@ -100,7 +100,8 @@ def run(config: Config) -> None:
     )
     if claim is None:
         log.info("%s is finished; nothing to do (--overwrite makes it anew, with images added since)", dataset)
-        print_summary(_summary(storage.read_table(dataset / "manifest.parquet"), config))
+        finished = outputs.check_complete(dataset, "ingest")
+        print_summary(_summary(outputs.read_written(dataset, finished, "manifest.parquet"), config))
         return
 
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)

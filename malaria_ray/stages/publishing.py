@@ -185,13 +185,15 @@ def rates_of(rows: duckdb.DuckDBPyConnection, *, since: float, seconds: float, n
 
 
 def to_retry(
-    results: UPath, which: Literal["unreadable", "all"] | None, *, is_finished: bool
+    results: UPath, which: Literal["unreadable", "all"] | None, finished: dict[str, Any] | None
 ) -> pa.ChunkedArray | None:
-    """Names of the quarantined files to try again; None where there are none."""
+    """Names of the quarantined files to try again; None where there are none. `finished`: the `_SUCCESS.json` of
+    finished results.
+    """
     if which is None:
         return None
-    if is_finished:
-        found = storage.read_table(results / "quarantine", ["image_id", "reason"])
+    if finished is not None:
+        found = outputs.read_folder(results, finished, "quarantine", ["image_id", "reason"])
     else:
         files = ledger.committed_files(outputs.work_of(results, "screen")).values()
         tables = ledger.read_files(files, ["image_id", "status"])
@@ -208,17 +210,22 @@ def to_retry(
 
 
 def reopen(
-    results: UPath, retried: pa.ChunkedArray, listing: pa.Table, *, is_finished: bool, states: dict[str, State]
+    results: UPath,
+    retried: pa.ChunkedArray,
+    listing: pa.Table,
+    *,
+    finished: dict[str, Any] | None,
+    states: dict[str, State],
 ) -> None:
-    """Marks the rows of these files as not done, and opens finished results again. `states`: of the containers that the
-    finished results tell of, as far as they are known.
+    """Marks the rows of these files as not done, and opens finished results again. `finished`: as in `to_retry`;
+    `states`: of the containers that the finished results tell of, as far as they are known.
 
     The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
     results are as they were; after it, the same command, or one without the flag, finishes them.
     Raises: `ArchiveError` where other files have changed too; the results are then as they were.
     """
     work, was = outputs.work_of(results, "screen"), storage.read_table(results / "listing.parquet")
-    if not is_finished:
+    if finished is None:
         try_again(work, retried, was=was, now=listing)
         ledger.forget(work, retried.combine_chunks())
         return
@@ -230,7 +237,7 @@ def reopen(
         raise
     with duckdb.connect() as tables:
         for name in ("predictions", "quarantine"):
-            tables.register(name, storage.read_table(results / name))
+            tables.register(name, outputs.read_folder(results, finished, name))
         tables.register("listing", was)
         tables.register("retried", pa.table({"image_id": retried}))
         usable = ", ".join(f"predictions.{name}" for name in PREDICTIONS.names)

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from malaria_ray.errors import ConfigError, QueryError
 from malaria_ray.runtime import storage
 from malaria_ray.runtime.terminal import console, folded, printable
-from malaria_ray.stages.views import absent_views, connect, open_results, view_names
+from malaria_ray.stages.views import absent_views, open_results, reading, view_names
 
 log = logging.getLogger("malaria_ray")
 
@@ -88,19 +88,27 @@ def run(config: Config) -> None:
         return
     if config.example and "Needs several results" in config.sql and len(config.directories) < 2:
         raise ConfigError(f"--example {config.example} compares results; give two directories or more")
+    if config.format == "parquet" and config.output is None and sys.stdout.isatty():
+        raise ConfigError("--format parquet writes bytes, not text; give --output FILE, or send stdout to a file")
     results = open_results(config.directories)
-    connection = connect(results)
-    try:
-        _check_only_asks(connection, config.sql)
-        answer = connection.sql(config.sql)
-        if answer is None:
-            raise QueryError("the SQL holds no statement; give one in quotes, or --example NAME")
+    with tempfile.TemporaryDirectory(prefix="malaria-ray-") as folder:
+        file = Path(folder) / "answer"
+        try:
+            with reading(results) as connection:
+                _check_only_asks(connection, config.sql)
+                answer = connection.sql(config.sql)
+                if answer is None:
+                    raise QueryError("the SQL holds no statement; give one in quotes, or --example NAME")
+                if config.format == "table":
+                    shown = _shown_of(connection.sql("FROM answer"), config.max_rows)  # names columns as COPY does
+                else:  # a file, so that an answer of any size is shown whole or not at all
+                    connection.execute(f"COPY (FROM answer) TO '{file}' ({_COPY_OPTIONS[config.format]})")
+        except duckdb.Error as error:
+            raise QueryError(_explained(error, absent_views(results))) from error
         if config.format == "table":
-            _print_table(connection.sql("FROM answer"), config.max_rows)  # names columns as _write does
+            _print_table(*shown)
         else:
-            _write(connection, answer, config.format, config.output)
-    except duckdb.Error as error:
-        raise QueryError(_explained(error, absent_views(results))) from error
+            _put(file, config.output)
 
 
 def _check_only_asks(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -123,8 +131,8 @@ def _explained(error: duckdb.Error, absent: dict[str, str]) -> str:
     return said.partition("\n\nLINE")[0]
 
 
-def _print_table(answer: duckdb.DuckDBPyRelation, max_rows: int) -> None:
-    names = [printable(name) for name in answer.columns]
+def _shown_of(answer: duckdb.DuckDBPyRelation, max_rows: int) -> tuple[list[str], list[list[Text]], int]:
+    """Names of the columns, the first rows, and how many there are."""
     rows: list[list[Text]] = []
     n_rows = 0
     for batch in answer.to_arrow_reader(max(max_rows, 10_000)):
@@ -132,6 +140,10 @@ def _print_table(answer: duckdb.DuckDBPyRelation, max_rows: int) -> None:
         columns = (column.to_pylist() for column in shown.columns)
         rows += ([Text(_shown(value)) for value in row] for row in zip(*columns, strict=True))
         n_rows += batch.num_rows
+    return [printable(name) for name in answer.columns], rows, n_rows
+
+
+def _print_table(names: list[str], rows: list[list[Text]], n_rows: int) -> None:
     out = console()
     if rows and sum(len(name) + _BORDER for name in names) > out.width:  # as psql's \x auto
         for i, row in enumerate(rows, start=1):
@@ -144,8 +156,8 @@ def _print_table(answer: duckdb.DuckDBPyRelation, max_rows: int) -> None:
         for row in rows:
             table.add_row(*row)
         out.print(folded(table))  # an id that is cut cannot be searched for
-    if n_rows > max_rows:
-        out.print(f"{max_rows:,} of {n_rows:,} rows; --max-rows shows more, --format csv all")
+    if n_rows > len(rows):
+        out.print(f"{len(rows):,} of {n_rows:,} rows; --max-rows shows more, --format csv all")
 
 
 def _shown(value: object) -> str:
@@ -154,26 +166,19 @@ def _shown(value: object) -> str:
     return "" if value is None else printable(str(value))
 
 
-def _write(
-    connection: duckdb.DuckDBPyConnection, answer: duckdb.DuckDBPyRelation, kind: Format, output: str | None
-) -> None:
-    """By way of a local file, so that an answer of any size reaches stdout or any storage, whole or not at all."""
-    if kind == "parquet" and output is None and sys.stdout.isatty():
-        raise ConfigError("--format parquet writes bytes, not text; give --output FILE, or send stdout to a file")
-    with tempfile.TemporaryDirectory(prefix="malaria-ray-") as folder:
-        file = Path(folder) / "answer"
-        connection.execute(f"COPY (FROM answer) TO '{file}' ({_COPY_OPTIONS[kind]})")
+def _put(file: Path, output: str | None) -> None:
+    """The answer to where it is asked for, by default stdout."""
+    with file.open("rb") as written:
         if output is None:
-            with file.open("rb") as written:
-                shutil.copyfileobj(written, sys.stdout.buffer)
+            shutil.copyfileobj(written, sys.stdout.buffer)
             sys.stdout.buffer.flush()
             return
         target = storage.locate(output)
         if storage.is_local(target):
             Path(target.path).parent.mkdir(parents=True, exist_ok=True)
-        with file.open("rb") as written, target.open("wb") as opened:
+        with target.open("wb") as opened:
             shutil.copyfileobj(written, opened)
-        log.info("%s: %s bytes", target, f"{file.stat().st_size:,}")
+    log.info("%s: %s bytes", target, f"{file.stat().st_size:,}")
 
 
 def _print_examples() -> None:

@@ -25,10 +25,10 @@ from malaria_ray.stages.views import (
     Results,
     absent_views,
     catalog,
-    connect,
     copies_line,
     known_patients_line,
     open_results,
+    reading,
 )
 
 log = logging.getLogger("malaria_ray")
@@ -111,43 +111,45 @@ def _page(results: Results, config: Config) -> str:
     absent = absent_views([results])
     for line in (line for line in absent.values() if "is missing" in line):
         raise DirectoryError(line)
-    connection = connect([results])
-    trained = storage.read_json(results.path / "model" / "SUCCESS.json")
-    split = _shown_split(connection, "label IS NOT NULL")
-    galleries = find_galleries(connection, split=split, n_each=config.thumbnails)
-    if "review" not in absent:
-        galleries += find_review_galleries(connection, n_each=config.thumbnails)
-    images, without_image = pictures(connection, galleries, image_size=trained["image_size"])
-    heat, without_heat = heats(results.path, images) if config.grad_cam else ({}, None)
-    if without_heat:
-        log.warning("no Grad-CAM in the report: %s", without_heat)
-    return render(
-        "report.html",
-        name=results.name,
-        success=results.success,
-        run=results.run,
-        training=storage.read_json(results.path / "model" / "config.json"),
-        trained=trained,
-        reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
-        is_evaluated="metrics" not in absent,
-        split=split,
-        notices=[line for line in (known_patients_line(connection, results), copies_line(connection, results)) if line],
-        data=_data(connection),
-        metrics=_metrics(connection) if "metrics" not in absent else {},
-        confusion=_confusion(connection, split),
-        figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
-        learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
-        patients=_patients(connection) if "patients" not in absent else None,
-        patients_figure=figures.of_patients(connection, split=_shown_split(connection, "patient_id IS NOT NULL"))
-        if "patients" not in absent
-        else None,
-        galleries=galleries,
-        images=images,
-        without_image=without_image,
-        heat=heat,
-        without_heat=without_heat,
-        quarantine=_quarantine(connection),
-    )
+    with reading([results]) as connection:
+        trained = storage.read_json(results.path / "model" / "SUCCESS.json")
+        split = _shown_split(connection, "label IS NOT NULL")
+        galleries = find_galleries(connection, split=split, n_each=config.thumbnails)
+        if "review" not in absent:
+            galleries += find_review_galleries(connection, n_each=config.thumbnails)
+        images, without_image = pictures(connection, galleries, image_size=trained["image_size"])
+        heat, without_heat = heats(results.path, images) if config.grad_cam else ({}, None)
+        if without_heat:
+            log.warning("no Grad-CAM in the report: %s", without_heat)
+        return render(
+            "report.html",
+            name=results.name,
+            success=results.success,
+            run=results.run,
+            training=storage.read_json(results.path / "model" / "config.json"),
+            trained=trained,
+            reasons={reason.value: meaning for reason, meaning in REASON_MEANING.items()},
+            is_evaluated="metrics" not in absent,
+            split=split,
+            notices=[
+                line for line in (known_patients_line(connection, results), copies_line(connection, results)) if line
+            ],
+            data=_data(connection),
+            metrics=_metrics(connection) if "metrics" not in absent else {},
+            confusion=_confusion(connection, split),
+            figures=figures.of_cells(connection, split=split, threshold=results.success["threshold"]),
+            learning=figures.of_training(connection, best_epoch=int(trained["best"]["epoch"])),
+            patients=_patients(connection) if "patients" not in absent else None,
+            patients_figure=figures.of_patients(connection, split=_shown_split(connection, "patient_id IS NOT NULL"))
+            if "patients" not in absent
+            else None,
+            galleries=galleries,
+            images=images,
+            without_image=without_image,
+            heat=heat,
+            without_heat=without_heat,
+            quarantine=_quarantine(connection),
+        )
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, sql: str, **given: Any) -> list[dict[str, Any]]:

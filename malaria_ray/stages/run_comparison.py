@@ -16,7 +16,7 @@ from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.terminal import console, folded, number, printable
 from malaria_ray.schema import Label
 from malaria_ray.stages.pictures import runs_figure
-from malaria_ray.stages.views import check_cells, connect, open_results
+from malaria_ray.stages.views import check_cells, open_results, reading
 from malaria_ray.statistics.intervals import Interval, bootstrap_over_patients
 from malaria_ray.statistics.metrics import cell_metrics
 
@@ -82,7 +82,7 @@ def open_runs(urls: Sequence[str]) -> list[Run]:
             name=name,
             success=success,
             identity=outputs.read_config(path, "train")["identity"],
-            history=storage.read_table(path / "history.parquet").to_pandas(),
+            history=outputs.read_written(path, success, "history.parquet").to_pandas(),
             test=tests.get(success["run_id"]),
         )
         for name, (path, success) in zip(storage.short_names(list(runs)), runs.items(), strict=True)
@@ -134,7 +134,7 @@ def _test_scores(path: UPath) -> pd.DataFrame:
     """The labelled cells of the run's test split in results of it. Raises: `DatasetError` where there is none."""
     opened = open_results([str(path)])
     check_cells(opened)
-    with connect(opened) as connection:
+    with reading(opened) as connection:
         test: pd.DataFrame = connection.sql(
             "SELECT image_id, patient_id, label, score, predicted_label FROM cells "
             "WHERE split = 'test' AND label IS NOT NULL AND NOT is_copy ORDER BY image_id"

@@ -169,9 +169,9 @@ def run(config: Config) -> None:
         overwrite=config.overwrite,
         inputs=(archive.url, config.model, *config.patients),
     )
-    finished = outputs.check_complete(results, "screen") if claim is None else {}
-    retried = publishing.to_retry(results, config.retry_quarantined, is_finished=claim is None)
-    if claim is None and not retried:
+    finished = outputs.check_complete(results, "screen") if claim is None else None
+    retried = publishing.to_retry(results, config.retry_quarantined, finished)
+    if finished is not None and not retried:
         log.info("%s is finished; nothing to do (--overwrite scores anew, with images added since)", results)
         _write_iceberg(config, results)
         _print_summary(finished)
@@ -181,7 +181,7 @@ def run(config: Config) -> None:
     facts_of_run = _facts_of_run(run_path, trained["files"])
     validation = Validation.from_dict(json.loads(facts_of_run["validation.json"]))
     listing = list_archive(archive, patients=rule.of_file, pattern=rule.pattern)
-    listing = _of_split(listing, run_path, config.split)
+    listing = _of_split(listing, run_path, trained, config.split)
     log.info("%s: %s images to screen with %s", archive.url, f"{listing.num_rows:,}", trained["run_id"])
     facts = {
         "listing_digest": listing_digest(listing),
@@ -210,13 +210,12 @@ def run(config: Config) -> None:
         pool = _pool(config)
         if claim is not None:  # all that could refuse the work has had its say
             claim.begin()
-        else:
-            outputs.check_written(results, finished, "predictions", "quarantine")  # they are published anew
+        elif finished is not None:
             outputs.hold_finished(results, "screen", finished)
         if retried:
-            is_same = finished.get("containers_digest") == facts["containers_digest"]
+            is_same = finished is not None and finished.get("containers_digest") == facts["containers_digest"]
             states = archive.states if is_same else {}
-            publishing.reopen(results, retried, listing, is_finished=claim is None, states=states)
+            publishing.reopen(results, retried, listing, finished=finished, states=states)
         work = outputs.work_of(results, "screen")
         check_same_listing(work, listing)
         forget_replaced(
@@ -293,11 +292,11 @@ def _facts_of_run(run_path: UPath, files: dict[str, FileRecord]) -> dict[str, by
     return facts | {name: (run_path / name).read_bytes() for name in ("config.json", "_SUCCESS.json")}
 
 
-def _of_split(listing: pa.Table, run_path: UPath, split: Split | Literal["all"]) -> pa.Table:
+def _of_split(listing: pa.Table, run_path: UPath, trained: dict[str, Any], split: Split | Literal["all"]) -> pa.Table:
     """The rows of one split of the run. Raises: `ConfigError` where none of the images is in it."""
     if split == "all":
         return listing
-    splits = storage.read_table(run_path / "splits.parquet", columns=["image_id", "split"])
+    splits = outputs.read_written(run_path, trained, "splits.parquet", ["image_id", "split"])
     chosen = splits.filter(pc.equal(splits["split"], str(split)))["image_id"]
     kept = listing.filter(pc.is_in(listing["image_id"], value_set=chosen.combine_chunks()))
     if not kept.num_rows:

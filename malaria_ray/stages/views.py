@@ -12,7 +12,8 @@ that happens to lie there is counted, and no directory name is taken for a patte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,27 @@ def connect(results: Sequence[Results]) -> duckdb.DuckDBPyConnection:
             connection.register_filesystem(one.path.fs)
     connection.execute(_create_views(results, lambda file: storage.as_url(file)))
     return connection
+
+
+@contextmanager
+def reading(results: Sequence[Results]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """`connect` for the length of a block, behind which what was read may be told.
+
+    Raises: as `connect`; `DirectoryError` or `NotCompleteError` where one of them was made anew or opened again
+    meanwhile.
+    """
+
+    def check() -> None:
+        for one in results:
+            outputs.check_same(one.path, "screen", one.success)
+
+    with connect(results) as connection:
+        try:
+            yield connection
+        except Exception:
+            check()  # files that went away say less
+            raise
+    check()
 
 
 def catalog(results: Results) -> str:

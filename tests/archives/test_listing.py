@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from malaria_ray.archives import open_archive
-from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards
+from malaria_ray.archives.listing import check_same_listing, list_archive, listing_digest, shards, try_again
 from malaria_ray.archives.replaced import check_unchanged
 from malaria_ray.errors import ArchiveError, PatientMappingError
 from malaria_ray.runtime import storage
@@ -219,6 +219,28 @@ def test_other_images_of_the_same_names_are_another_archive(tmp_path: Path, kind
     write([bytes(range(i, i + 50)) for i in range(len(NAMES))])
     with pytest.raises(ArchiveError, match="the archive changed since the output was begun"):
         check_same_listing(work, list_archive(open_archive(str(archive))))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "b.png").unlink(), "3 files then, 2 now, 'b.png' is gone; --overwrite begins again"),
+        (lambda folder: (folder / "d.png").write_bytes(b"1"), "3 files then, 4 now, 'd.png' is new;"),
+        (lambda folder: (folder / "b.png").write_bytes(b"12"), "3 files then, 3 now, 'b.png' has another size,"),
+    ],
+)
+def test_where_other_files_changed_than_those_tried_again_one_is_named(
+    tmp_path: Path, change: Callable[[Path], object], said: str
+) -> None:
+    folder, work = tmp_path / "cells", storage.locate(str(tmp_path / "work"))
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (folder / name).write_bytes(b"1")
+    was = list_archive(open_archive(str(folder)))
+    (folder / "a.png").write_bytes(b"123")  # it may
+    change(folder)
+    with pytest.raises(ArchiveError, match=said):
+        try_again(work, pa.chunked_array([["a.png"]]), was=was, now=list_archive(open_archive(str(folder))))
 
 
 def packed_as(kind: str, names: list[str]) -> bytes:

@@ -119,6 +119,27 @@ def test_on_s3(s3: Any, expected: dict[str, dict[str, Any]], kind: str) -> None:
     assert cells(f"s3://cells-bucket/in/{name}".rstrip("/")) == expected
 
 
+@pytest.mark.parametrize(("kind", "name"), [("zip", "a?b.zip"), ("tar", "a?b.tar"), ("folder", "cells.zip")])
+def test_on_s3_under_a_name_that_looks_like_something_else(
+    s3: Any, expected: dict[str, dict[str, Any]], kind: str, name: str
+) -> None:
+    files, packed = PACKED[kind]
+    upload(s3, {f"{name}/{file}": data for file, data in files.items()} if kind == "folder" else {name: files[packed]})
+    assert cells(f"s3://cells-bucket/in/{name}") == expected
+
+
+def test_key_of_s3_that_its_client_takes_for_a_version_is_not_read_as_another_object(s3: Any) -> None:
+    upload(s3, {"a.png": samples.noise(1), "a.png?versionId=null": samples.noise(2), "b?c.png": samples.noise(3)})
+    table = read_cells(list_archive(open_archive("s3://cells-bucket/in")), image_size=24).table
+    found = {row["image_id"]: row for row in table.to_pylist()}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "a.png": "ok",
+        "a.png?versionId=null": "unreadable",
+        "b?c.png": "ok",
+    }
+    assert found["a.png?versionId=null"]["detail"].endswith("; copy it to another key")
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Clients that give up after a second and try nothing by themselves, so that our own tries are seen."""

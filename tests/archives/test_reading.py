@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,14 @@ def test_what_is_said_of_a_refused_read_holds_no_signature(folder: Path, name: s
     assert len(refused) == listing.num_rows
     assert not [file.detail for file in refused if "secret" in file.detail]
     assert f"{site.url}/{name}" in refused[0].detail
+
+
+def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(samples.noise(1))
+    listing = list_archive(open_archive(str(tmp_path)))
+    (tmp_path / "b.png").unlink()
+    os.mkfifo(tmp_path / "b.png")
+    table = read_cells(listing, image_size=24).table
+    assert table["status"].to_pylist() == ["ok", "unreadable", "ok"]
+    assert table["detail"].to_pylist() == [None, "no regular file any more", None]

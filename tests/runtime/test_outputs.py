@@ -166,7 +166,7 @@ def test_foreign_directory_is_refused_and_never_deleted(path: UPath, case: str, 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_file_in_the_way_is_refused_and_never_deleted(on_disk: UPath, overwrite: bool) -> None:
     on_disk.write_bytes(b"a letter")
-    with pytest.raises(DirectoryError, match="was not made by 'malaria-ray ingest'"):
+    with pytest.raises(DirectoryError, match="is a file and no directory; choose another place"):
         prepare(on_disk, overwrite=overwrite)
     assert on_disk.read_bytes() == b"a letter"
 
@@ -382,7 +382,7 @@ def test_a_directory_that_changed_since_it_was_claimed_is_left_alone(path: UPath
     before = tree(path)
     with (
         outputs.one_writer(),
-        pytest.raises(DirectoryError, match="was finished or changed by another process meanwhile; run again to go on"),
+        pytest.raises(DirectoryError, match="was finished or changed by another process meanwhile; run again"),
     ):
         claim.begin()
     assert tree(path) == before
@@ -458,3 +458,17 @@ def test_files_that_do_not_lie_there_as_written_are_not_published(path: UPath, n
     assert not (path / outputs.SUCCESS).exists()
     storage.write_bytes(path / name, b"as written")
     outputs.finish(path, counts={}, files=records, timings={})
+
+
+def test_an_output_below_a_file_or_at_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, said in (
+        ("file", "file is a file and no directory"),
+        ("file/sub/results", "file is a file and no directory"),
+        ("link", "link is a link to nothing and no directory"),
+        ("link/results", "link is a link to nothing and no directory"),
+    ):
+        with pytest.raises(DirectoryError, match=f"{said}; choose another place for the output"):
+            prepare(storage.locate(str(tmp_path / name)))
+    assert {file.name for file in tmp_path.iterdir()} == {"file", "link"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from upath import UPath
 
-from malaria_ray.errors import ConfigError
+from malaria_ray.errors import ConfigError, DirectoryError
 from malaria_ray.runtime import storage
 
 TABLE = pa.table({"image_id": ["a", "b", "c"], "n": [1, 2, 3]})
@@ -194,6 +196,7 @@ def test_two_dots_behind_a_link_lead_where_the_system_says(tmp_path: Path) -> No
         ("", "an empty path was given"),
         ("nope://x", r"nope://x: .*; allowed are local paths and fsspec URLs whose client is installed"),
         ("hdfs+x://a", "allowed are local paths"),
+        ("s3://", "s3:// names no bucket; give it as s3://BUCKET/NAME"),
     ],
 )
 def test_unusable_url_is_refused_with_what_is_allowed(url: str, said: str) -> None:
@@ -209,3 +212,21 @@ def test_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
         ConfigError, match=r"gs://bucket/x: .*pip install 'malaria-ray\[s3\]' for s3://, .*\[gcs\]' for gs"
     ):
         storage.locate("gs://bucket/x")
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'a.json'}'"):
+        storage.write_json(storage.locate(str(tmp_path / "a.json")), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recorded_file_that_is_gone_is_told_with_what_to_do(tmp_path: Path) -> None:
+    gone = storage.locate(str(tmp_path / "part-00000.parquet"))
+    with pytest.raises(DirectoryError, match="part-00000.parquet is gone: its directory is being made anew"):
+        storage.read_table(gone, sha256="0" * 64)
+    with pytest.raises(FileNotFoundError):
+        storage.read_table(gone)

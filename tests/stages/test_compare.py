@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from results import HOSTILE, cells, write_results
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from malaria_ray import cli
-from malaria_ray.errors import ConfigError, DatasetError, QueryError
+from malaria_ray.errors import ConfigError, DatasetError, DirectoryError, QueryError
 from malaria_ray.stages import compare, comparison
 from malaria_ray.stages.views import connect, open_results
 
@@ -45,6 +46,25 @@ def test_differences_are_of_the_second_against_the_first(two: tuple[str, str]):
     row = table.loc["roc_auc"]
     assert row["difference"] == pytest.approx(aucs[1] - aucs[0])
     assert row["ci_low"] < row["difference"] < row["ci_high"]
+
+
+def test_results_that_are_made_anew_while_they_are_compared_are_not_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    made = [str(write_results(tmp_path / str(seed), cells(scores_seed=seed))) for seed in (1, 2)]
+    pair_of = compare.pair_of
+
+    def slowly(*given: Any, **more: Any) -> comparison.Pair:
+        pair = pair_of(*given, **more)
+        shutil.rmtree(made[1])
+        write_results(Path(made[1]), cells(scores_seed=3), model="vgg19-frozen")
+        return pair
+
+    monkeypatch.setattr(compare, "pair_of", slowly)
+    with pytest.raises(DirectoryError, match="2 was finished or changed by another process meanwhile; run again"):
+        compare.run(compare.Config(results=tuple(made), report=str(tmp_path / "page.html"), n_resamples=100))
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_only_held_out_cells_are_compared(two: tuple[str, str], capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from stages.conftest import content
@@ -37,6 +39,16 @@ def test_another_call_leaves_no_picture_of_the_one_before_and_nothing_else_is_to
     with pytest.raises(DirectoryError, match="is not empty and was not made by 'malaria-ray explain'"):
         explain.run(explain.Config(results=str(line.results), image_ids=tuple(names), out=str(dataset)))
     assert content(dataset) == before
+
+
+def test_parts_that_lie_beside_the_recorded_ones_are_not_explained(line, copy_of, tmp_path):
+    results = copy_of(line.results)
+    (part,) = storage.parts(storage.locate(str(results)) / "predictions")
+    (name, *_) = ids_of(results)
+    shutil.copy(part, results / "predictions" / "part-00009.parquet")
+    explain.run(explain.Config(results=str(results), image_ids=(name,), out=str(tmp_path / "out")))
+    with np.load(tmp_path / "out" / "heatmaps.npz", allow_pickle=False) as arrays:
+        assert arrays["image_id"].tolist() == [name]
 
 
 def test_what_cannot_be_explained_is_one_line(line, copy_of, tmp_path):

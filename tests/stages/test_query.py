@@ -8,6 +8,7 @@ import subprocess
 import sys
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -52,6 +53,33 @@ def test_views_have_the_columns_that_schema_prints(two: tuple[str, str]):
     outcomes = set(ask(two, sql="SELECT DISTINCT outcome FROM cells WHERE outcome IS NOT NULL")["outcome"])
     assert all(f"'{outcome}'" in dict(zip(view.names, view.columns, strict=True))["outcome"].meaning
                for outcome in outcomes)  # fmt: skip
+
+
+@pytest.mark.parametrize("format_", ["table", "csv"])
+@pytest.mark.parametrize("is_there", [True, False], ids=["made anew", "gone"])
+def test_results_that_are_opened_again_while_they_are_asked_are_not_told_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+    format_: query.Format,
+    is_there: bool,
+):
+    results = write_results(tmp_path / "results", cells())
+    only_asks = query._check_only_asks
+
+    def slowly(*given: Any) -> None:
+        only_asks(*given)
+        if is_there:
+            success = results / "_SUCCESS.json"
+            success.write_text(json.dumps(json.loads(success.read_text()) | {"finished_at": "later"}))
+        else:
+            shutil.rmtree(results)
+
+    monkeypatch.setattr(query, "_check_only_asks", slowly)
+    sql = "SELECT count(*) FROM predictions"
+    with pytest.raises((DirectoryError, NotCompleteError), match="results "):
+        query.run(query.Config(results_and_sql=(str(results), sql), format=format_))
+    assert capsysbinary.readouterr().out == b""
 
 
 def predictions_of(results: str) -> pd.DataFrame:

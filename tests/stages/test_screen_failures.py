@@ -265,10 +265,13 @@ def test_quarantined_files_are_scored_again_and_nothing_else(
         (results / name).mkdir()
         (results / name / "part-00000.parquet").write_bytes(b"of the predictions before")
     (tmp_path / "away.png").rename(tmp_path / "nowhere.png")
+    strange = pq.read_table(results / "predictions/part-00000.parquet").to_pandas().assign(score=0.9)
+    strange.to_parquet(results / "predictions/part-00009.parquet")
     if is_killed:  # just after the results became unfinished; the command without the flag finishes them
         path = storage.locate(str(results))
-        retried = publishing.to_retry(path, "unreadable", is_finished=True)
-        publishing.reopen(path, retried, storage.read_table(path / "listing.parquet"), is_finished=True, states={})
+        finished = storage.read_json(path / "_SUCCESS.json")
+        retried = publishing.to_retry(path, "unreadable", finished)
+        publishing.reopen(path, retried, storage.read_table(path / "listing.parquet"), finished=finished, states={})
         after = screen_of(with_a_hole, results, line.run)
     else:
         after = screen_of(with_a_hole, results, line.run, retry_quarantined="unreadable")
