@@ -87,7 +87,8 @@ def run(config: Config) -> None:
     n_bytes = storage.read_json(marker)["files"]["report/index.html"]["bytes"]
     out = console()
     out.print(f"{targets['report/index.html']}  open it in a browser ({n_bytes / 1e6:.1f} MB)", soft_wrap=True)
-    out.print(f"{targets['catalog.sql']}  duckdb -init catalog.sql, in that directory", soft_wrap=True)
+    where = "that directory" if storage.is_local(results.path) else "a copy of that directory"
+    out.print(f"{targets['catalog.sql']}  duckdb -init catalog.sql, in {where}", soft_wrap=True)
     out.print(RESEARCH_ONLY)
 
 
