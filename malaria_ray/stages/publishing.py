@@ -222,13 +222,15 @@ def reopen(
 
     The one moment at which anything changes for a reader is the removal of `_SUCCESS.json`: killed before it, the
     results are as they were; after it, the same command, or one without the flag, finishes them.
-    Raises: `ArchiveError` where other files have changed too; the results are then as they were.
+    Raises: `ArchiveError` where other files have changed too, `DirectoryError` where a part is not the one that was
+    published; the results are then as they were.
     """
     work, was = outputs.work_of(results, "screen"), storage.read_table(results / "listing.parquet")
     if finished is None:
         try_again(work, retried, was=was, now=listing)
         ledger.forget(work, retried.combine_chunks())
         return
+    published = {name: outputs.read_folder(results, finished, name) for name in ("predictions", "quarantine")}
     storage.remove(work)
     try:
         try_again(work, retried, was=was, now=listing)
@@ -236,8 +238,8 @@ def reopen(
         storage.remove(work)
         raise
     with duckdb.connect() as tables:
-        for name in ("predictions", "quarantine"):
-            tables.register(name, outputs.read_folder(results, finished, name))
+        for name, table in published.items():
+            tables.register(name, table)
         tables.register("listing", was)
         tables.register("retried", pa.table({"image_id": retried}))
         usable = ", ".join(f"predictions.{name}" for name in PREDICTIONS.names)
