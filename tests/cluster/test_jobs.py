@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from cluster.bed import S3_SECRET, Bed, wait_for
 from cluster.conftest import Line, write_archive
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+LOOKS_FOR_NODES_EVERY_S = 20  # Ray's AutoscalingCoordinator, which says how many workers a training gets
 
 
 def n_parts(results: Path) -> int:
@@ -174,6 +177,7 @@ def test_a_cut_link_costs_no_image(cluster: Bed, line: Line):
 
 def test_a_node_killed_in_mid_training_leaves_one_worker_less_that_go_on_from_the_last_epoch(cluster: Bed, line: Line):
     cluster.script("add-node")
+    time.sleep(LOOKS_FOR_NODES_EVERY_S + 5)  # before that, training starts without it and takes it a minute later
     n_nodes = len(cluster.alive()) - 1  # the head trains nothing
     flags = ["--model", "cnn", "--epochs", "12", "--patience", "0", "--batch-size", "16"]
     run, alone = line.folder / "elastic", line.folder / "alone"
