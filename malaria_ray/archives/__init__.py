@@ -88,7 +88,7 @@ def _is_folder(path: UPath, url: str) -> bool:
     """Whether a folder has a name like a file's. On the web a slash tells: looking would read the file."""
     if storage.is_local(path):
         return path.is_dir()
-    if url.endswith("/") or path.protocol in ("http", "https"):
+    if url.endswith("/") or storage.is_web(path):
         return url.endswith("/")
     try:
         return bool(path.fs.info(path.path)["type"] == "directory")

@@ -91,7 +91,7 @@ def name_of(path: UPath) -> str:
     """Name of the file. A signed URL has more behind it, which is a secret; one of S3 may have a version."""
     if storage.is_local(path):
         return path.name
-    return path.name.partition("?" if path.protocol in ("http", "https") else storage.VERSION)[0]
+    return path.name.partition("?" if storage.is_web(path) else storage.VERSION)[0]
 
 
 def n_bytes(path: UPath) -> int:

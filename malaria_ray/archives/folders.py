@@ -100,7 +100,7 @@ class FolderArchive:
                     yield fs.info(entry)
         elif hasattr(fs, "call_s3"):
             yield from _s3_entries(fs, folder)
-        elif self.path.protocol in ("http", "https"):  # links of a page: also to itself, to sort it, to the one above
+        elif storage.is_web(self.path):  # links of a page: also to itself, to sort it, to the one above
             inside = folder.rstrip("/") + "/"
             for info in fs.ls(folder, detail=True):
                 if (name := info["name"].removeprefix(inside)) and "?" not in name:

@@ -81,14 +81,18 @@ def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
 
 
+def is_web(path: UPath) -> bool:
+    return path.protocol in ("http", "https")
+
+
 def name_in_address(address: str, folder: UPath) -> str:
     """The name of a file below a folder: of a web address without its percent signs. Raises: `UnicodeDecodeError`."""
-    return unquote(address, errors="strict") if folder.protocol in ("http", "https") else address
+    return unquote(address, errors="strict") if is_web(folder) else address
 
 
 def address_of(name: str, folder: UPath) -> str:
     """Inverse of `name_in_address`: what is put behind the folder to reach the file of that name."""
-    return quote(name) if folder.protocol in ("http", "https") else name
+    return quote(name) if is_web(folder) else name
 
 
 def lies_in(path: UPath, folder: UPath) -> bool:

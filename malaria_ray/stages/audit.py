@@ -165,8 +165,8 @@ def _check(found: pd.DataFrame) -> None:
 
 def _print_report(path: UPath, success: dict[str, Any]) -> None:
     counts, out = success["counts"], console()
-    audit = storage.read_table(path / LABEL_AUDIT.name).to_pandas()
-    metrics = storage.read_table(path / AUDIT_METRICS.name).to_pandas()
+    audit = outputs.read_folder(path, success, LABEL_AUDIT.name).to_pandas()
+    metrics = outputs.read_folder(path, success, AUDIT_METRICS.name).to_pandas()
     shown = RichTable("results", "metric", "all", "without", title="metrics with and without likely wrong labels")
     for name, rows in metrics.groupby("results", sort=False):
         of = rows.set_index("metric")

@@ -83,9 +83,10 @@ def run(config: Config) -> None:
             outputs.check_held(results)
             storage.write_json(marker, {"identity": identity, "files": files})
         notices = [line(connection, opened) for line in (known_patients_line, copies_line)]
+    evaluated = storage.read_json(marker)
     _print_report(
-        storage.read_table(results / "metrics").to_pandas(),
-        storage.read_table(results / "patients").to_pandas(),
+        outputs.read_folder(results, evaluated, "metrics").to_pandas(),
+        outputs.read_folder(results, evaluated, "patients").to_pandas(),
         success,
         notices=[notice for notice in notices if notice is not None],
     )

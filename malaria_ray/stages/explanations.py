@@ -14,7 +14,8 @@ from upath import UPath
 from malaria_ray.archives.reading import read_again
 from malaria_ray.cells.heat import overlay
 from malaria_ray.cells.images import Pixels
-from malaria_ray.errors import ArchiveError, ConfigError, ModelError, NotCompleteError
+from malaria_ray.errors import ArchiveError, ConfigError, NotCompleteError
+from malaria_ray.models.engines import read_run_file
 from malaria_ray.models.gradcam import Heat, grad_cam
 from malaria_ray.runtime import outputs, storage
 from malaria_ray.runtime.session import ray_session
@@ -47,9 +48,7 @@ def explain(results: UPath, image_ids: Sequence[str], *, model: str | None = Non
             f"{run} is {trained['run_id']}, {results} was scored by {described['identity']['run_id']}; "
             "give that run by --model"
         )
-    file = run / "model.keras"
-    if not file.exists() or storage.record_of(file) != trained["files"]["model.keras"]:
-        raise ModelError(f"{file} is missing or not the file that training wrote; restore it or train anew")
+    keras_model = read_run_file(run / "model.keras", sha256=trained["files"]["model.keras"]["sha256"])
     columns = ["image_id", "score", "predicted_label", "content_digest"]
     scored = outputs.read_folder(results, success, "predictions", columns)
     cells = scored.filter(pc.is_in(scored["image_id"], value_set=pa.array(image_ids, pa.string())))
@@ -63,7 +62,7 @@ def explain(results: UPath, image_ids: Sequence[str], *, model: str | None = Non
     image_size = int(outputs.read_config(run, "train")["identity"]["image_size"])
     with ray_session():
         task = ray.remote(num_cpus=1)(_explained)
-        explained: Explained = ray.get(task.remote(cells, listing, str(file), image_size))
+        explained: Explained = ray.get(task.remote(cells, listing, keras_model, image_size))
     return explained
 
 
@@ -74,12 +73,12 @@ def overlays_for(results: UPath, image_ids: Sequence[str], *, model: str | None 
     return {name: overlay(*both) for name, *both in zip(names, found.pixels, found.heat, strict=True)}
 
 
-def _explained(cells: pa.Table, listing: pa.Table, file: str, image_size: int) -> Explained:
+def _explained(cells: pa.Table, listing: pa.Table, keras_model: bytes, image_size: int) -> Explained:
     names = cells["image_id"].to_pylist()
     digests = dict(zip(names, cells["content_digest"].to_pylist(), strict=True))
     crops, missing = read_again(listing, digests, image_size=image_size)
     for name, why in missing.items():
         raise ArchiveError(f"{name!r}: {why}; put the archive back as it was, or screen it again")
     pixels = np.stack([crops[name] for name in names])
-    heat = grad_cam(storage.locate(file).read_bytes(), pixels, called=cells["predicted_label"].to_numpy())
+    heat = grad_cam(keras_model, pixels, called=cells["predicted_label"].to_numpy())
     return Explained(cells, pixels, heat)
